@@ -1,0 +1,174 @@
+"""Compile the Triton kernels without a GPU and report what each one takes of it.
+
+``python -m benchmarks.aot`` prints a table (kernel, compute capability, registers, spills, shared memory) and exits
+with 1 if a kernel spills. The figures are ptxas's own (its ``-v`` report), taken from the run that makes the binary.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import re
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+CAPABILITIES = (80, 86, 89, 90, 100, 120)
+
+_POINTERS = {"int32": "*i32", "fp32": "*fp32", "fp16": "*fp16", "bf16": "*i16"}  # bf16 travels as its bits
+_FULL = ("stream", "branch", "center", "out", "value", "packed", "totals")
+
+
+class Resources(NamedTuple):
+    """What ptxas says that a kernel takes, per thread but for ``shared`` (bytes per block)."""
+
+    registers: int
+    stack: int
+    spill_stores: int
+    spill_loads: int
+    shared: int
+
+    @property
+    def spills(self) -> bool:
+        """Whether anything lives in local memory: spilled registers, or an array that found no registers at all."""
+        return bool(self.stack or self.spill_stores or self.spill_loads)
+
+
+class Case(NamedTuple):
+    """One specialisation of one kernel."""
+
+    name: str
+    function: Any
+    signature: dict[str, str]
+    constants: dict[str, Any]
+    divisible: frozenset[str]
+    """Arguments that are multiples of 16."""
+    options: dict[str, Any]
+
+
+def parse_ptxas(log: str) -> Resources:
+    """The figures of the only kernel in a ``ptxas -v`` log.
+
+    Raises:
+        ValueError: a figure is missing; a report that cannot be read must not pass for one without spills.
+    """
+    frame = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", log)
+    used = re.search(r"Used (\d+) registers", log)
+    if frame is None or used is None:
+        raise ValueError(f"not a ptxas report: {log!r}")
+    return Resources(int(used[1]), int(frame[1]), int(frame[2]), int(frame[3]), 0)
+
+
+def compile_case(case: Case, capability: int) -> Resources:
+    """Compile for ``capability`` and read the resources. TRITON_CACHE_DIR must be fresh: a cache hit has no report."""
+    import triton
+
+    attributes = {
+        (index,): [["tt.divisibility", 16]] for index, name in enumerate(case.signature) if name in case.divisible
+    }
+    target = triton.backends.compiler.GPUTarget("cuda", capability, 32)
+    source = triton.compiler.ASTSource(case.function, case.signature, case.constants, attributes)
+    log = io.StringIO()
+    with triton.knobs.nvidia.scope(), contextlib.redirect_stdout(log):
+        triton.knobs.nvidia.dump_ptxas_log = True
+        compiled = triton.compile(source, target=target, options=case.options)
+    return parse_ptxas(log.getvalue())._replace(shared=compiled.metadata.shared)
+
+
+def _case(name: str, function: Any, types: Mapping[str, str | None], constants: dict[str, Any], **options: Any) -> Case:
+    """A case from the argument names of a coupling kernel; ``types`` maps the roles in _FULL to pointer types."""
+    roles = dict(zip(function.arg_names, _FULL, strict=False))
+    signature, fixed, divisible = {}, dict(constants), set()
+    for argument in function.arg_names:
+        if argument in constants:
+            signature[argument] = "constexpr"
+        elif argument in roles:
+            kind = types.get(roles[argument])
+            signature[argument] = kind or "constexpr"
+            if kind is None:
+                fixed[argument] = None
+            else:
+                divisible.add(argument)
+        elif argument.endswith("_stride"):
+            signature[argument] = "i32"
+            divisible.add(argument)
+        elif argument in ("groups", "row_groups", "columns"):
+            signature[argument] = "i32"  # never specialised, see do_not_specialize there
+        else:
+            signature[argument] = "fp32"
+    return Case(name, function, signature, fixed, frozenset(divisible), options)
+
+
+def _layouts(layout: str) -> dict[str, bool]:
+    return {"FLAT": layout == "flat", "EVEN": layout != "odd"}
+
+
+def coupling_cases(qs: tuple[int, ...] = (1, 8, 10), *, representative: bool = False) -> Iterator[Case]:
+    """The coupling kernels: every specialisation worth having, or a subset that holds one of each kind of code.
+
+    Layouts: "flat" is what a model runs; "rows" a strided stream; "odd" a width that is no multiple of eight.
+    """
+    from meft_kernels.ops.coupling import triton as kernels
+    from meft_kernels.ops.coupling.packing import remainder_bits
+
+    block = max(size for _, size in kernels.BLOCKS)  # the larger tile needs more registers
+    dtypes = ("bf16",) if representative else ("fp32", "fp16", "bf16")
+    shapes = [("flat", True), ("odd", True)] if representative else [("flat", True), ("flat", False)]
+    exact = {"couple_exact": kernels.couple_exact_kernel, "uncouple_exact": kernels.uncouple_exact_kernel}
+    variants = [(q, dtype, layout, centred) for q in qs for dtype in dtypes for layout, centred in shapes]
+    if representative:
+        variants = [variant for variant in variants if variant[2] == "flat" or variant[0] == max(qs)]
+    else:
+        variants += [(10, "bf16", "rows", True), (10, "fp32", "odd", True)]
+        variants += [(q, "bf16", "flat", True) for q in (3, 257, 65537, 2**31 - 1)]  # 2, 9, 17 and 31 planes
+    for name, function in exact.items():
+        for q, dtype, layout, centred in variants:
+            pointer = _POINTERS[dtype]
+            types = {"stream": "*i32", "branch": pointer, "center": "*i32" if centred else None, "out": "*i32"}
+            types |= {"value": pointer, "packed": "*u8" if q > 1 else None, "totals": "*i64"}
+            constants = {"Q": q, "SIGN": 1, "BITS": remainder_bits(q), "BLOCK": block, **_layouts(layout)}
+            label = f"{name} q={q} {dtype} {layout}{' center' if centred else ''}"
+            yield _case(label, function, types, constants, **kernels.OPTIONS)
+    for inverse in (False, True):
+        for dtype in dtypes:
+            for layout, centred in shapes:
+                pointer = _POINTERS[dtype]
+                types = {"stream": pointer, "branch": pointer, "center": pointer if centred else None}
+                types |= {"out": pointer, "value": pointer, "packed": None, "totals": "*i64"}
+                constants = {"INVERSE": inverse, "BLOCK": block, **_layouts(layout)}
+                name = "uncouple_float" if inverse else "couple_float"
+                label = f"{name} {dtype} {layout}{' center' if centred else ''}"
+                yield _case(label, kernels.float_kernel, types, constants, **kernels.OPTIONS)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Print the table; the exit status is 1 if any kernel spills."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.aot", description=__doc__)
+    parser.add_argument("--cc", type=int, nargs="+", default=list(CAPABILITIES), help="compute capabilities, as 90")
+    parser.add_argument("--full", type=int, nargs="*", default=[90], help="those that get every specialisation")
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
+    options = parser.parse_args(arguments)
+    import triton
+
+    spilled, rows = 0, []
+    print(f"{'kernel':44} {'cc':>4} {'registers':>9} {'spill bytes':>11} {'shared':>7}")
+    with tempfile.TemporaryDirectory() as folder, triton.knobs.cache.scope():
+        triton.knobs.cache.dir = folder
+        for capability in options.cc:
+            for case in coupling_cases(representative=capability not in options.full):
+                used = compile_case(case, capability)
+                spilled += used.spills
+                rows.append({"kernel": case.name, "cc": capability, **used._asdict()})
+                spill = max(used.stack, used.spill_stores + used.spill_loads)
+                print(f"{case.name:44} {capability:4} {used.registers:9} {spill:11} {used.shared:7}", flush=True)
+    if options.json:
+        options.json.write_text(json.dumps(rows, indent=1))
+    return int(spilled > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

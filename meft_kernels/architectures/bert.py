@@ -1,0 +1,46 @@
+"""BERT: post-norm encoder, also as a decoder with cross-attention."""
+
+from typing import Any
+
+import torch
+
+from .registry import register_architecture
+from .spec import ArchitectureSpec
+
+
+def _attention_block(
+    layer: Any,
+    hidden_states: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
+    encoder_hidden_states: torch.Tensor | None = None,
+    encoder_attention_mask: torch.Tensor | None = None,
+    **kwargs: Any,
+) -> torch.Tensor:
+    hidden_states = layer.attention(hidden_states, attention_mask, **kwargs)[0]
+    if layer.is_decoder and encoder_hidden_states is not None:
+        hidden_states = layer.crossattention(
+            hidden_states,
+            encoder_hidden_states=encoder_hidden_states,
+            encoder_attention_mask=encoder_attention_mask,
+            **kwargs,
+        )[0]
+    return hidden_states
+
+
+def _mlp_block(layer: Any, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+    # Chunking (config.chunk_size_feed_forward) splits rows only to save memory; nothing is kept here anyway.
+    return layer.feed_forward_chunk(hidden_states)
+
+
+register_architecture(
+    ArchitectureSpec(
+        model_types=("bert",),
+        layer_class="BertLayer",
+        attention_block=_attention_block,
+        mlp_block=_mlp_block,
+        ffn_reads=lambda layer: layer.intermediate,
+        ffn_writes=lambda layer: layer.output.dense,
+        activation=lambda config: config.hidden_act,
+        dropout=lambda config: config.hidden_dropout_prob,
+    )
+)

@@ -1,0 +1,80 @@
+"""How many fraction bits the streams of a model can afford."""
+
+from __future__ import annotations
+
+import logging
+import math
+from dataclasses import dataclass, field
+
+import torch
+
+from .arithmetic import Arithmetic
+from .errors import ReversibleUsageError
+from .ops import INT_LIMIT, Coupled
+
+logger = logging.getLogger(__name__)
+
+MAX_CALIBRATED_BITS = 22
+"""Finer than this gains nothing: streams of magnitude 1 then resolve float32's own rounding."""
+
+_COARSE = 2.0**-9
+"""Rounding noise relative to a layer input's RMS beyond which it would show beside bfloat16's own (2^-9)."""
+
+
+@dataclass(frozen=True)
+class Probe(Arithmetic):
+    """Float32 streams that note how large they become. One pass of it decides ``fraction_bits``."""
+
+    fraction_bits: int | None = None
+    largest: list[torch.Tensor] = field(default_factory=list)
+    rms: list[torch.Tensor] = field(default_factory=list)
+
+    def enter(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        stream, status = super().enter(hidden_states.float())
+        self._note(stream)
+        return stream, status
+
+    def couple(
+        self,
+        a: torch.Tensor,
+        branch: torch.Tensor,
+        coefficient: float,
+        center: torch.Tensor | None,
+        value_dtype: torch.dtype | None,
+        inplace: bool,
+    ) -> Coupled:
+        coupled = super().couple(a, branch, coefficient, center, value_dtype, inplace)
+        self._note(coupled.y)
+        return coupled
+
+    def _note(self, stream: torch.Tensor) -> None:
+        if stream.numel():
+            self.largest.append(stream.abs().amax())
+            self.rms.append(stream.square().mean().sqrt())
+
+    def fraction_bits_for(self, headroom_bits: int, name: str) -> int:
+        """The most fraction bits that leave ``2^headroom_bits`` between the largest value met and the format's end."""
+        if not self.largest:
+            raise ReversibleUsageError(f"calibration of {name} got an empty batch: call the model on real inputs first")
+        largest = float(torch.stack(self.largest).max())
+        integer_bits = math.ceil(math.log2(max(largest, 2.0**-20)))
+        bits = int(math.log2(INT_LIMIT)) - headroom_bits - integer_bits
+        bits = max(0, min(MAX_CALIBRATED_BITS, bits))
+        rms = float(torch.stack(self.rms).min())
+        noise = 2.0**-bits / math.sqrt(12)
+        if rms and noise > _COARSE * rms:
+            logger.warning(
+                "meft_kernels: streams of %s range from an RMS of %.3g to a largest value of %.3g; fraction_bits=%d resolves "
+                "the smallest to %.1e of its RMS only. Fine-tuning still works, the start loss may move; "
+                "verify(model, batch) shows by how much.",
+                name,
+                rms,
+                largest,
+                bits,
+                noise / rms,
+            )
+        else:
+            logger.debug(
+                "meft_kernels: %s: fraction_bits=%d, largest %.4g, smallest rms %.3g", name, bits, largest, rms
+            )
+        return bits

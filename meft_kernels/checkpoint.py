@@ -1,0 +1,239 @@
+"""Adapters on disk: ``adapter_model.safetensors`` and ``adapter_config.json`` in a folder, as PEFT's users know them."""
+
+from __future__ import annotations
+
+import json
+import os
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from .config import MeftConfig
+from .errors import AdapterFileError, PatchError
+from .patching import Model, PatchState, adapter_module_names, find_state, patch, require_state, unpatch, unwrap
+from .verify import fraction_bits_of
+
+WEIGHTS_NAME = "adapter_model.safetensors"
+CONFIG_NAME = "adapter_config.json"
+_FORMAT = 1
+_FINGERPRINT_SAMPLES = 16
+_FINGERPRINT_TOLERANCE = 2.0**-7
+"""Relative; twice bfloat16's rounding, so that a base model may be loaded in another dtype than it was trained in."""
+
+
+def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
+    """Write the adapters, and the modules trained with them, to a folder; the backbone is not copied.
+
+    Raises:
+        PatchError: the model is not patched, or has no adapters.
+        OSError: the folder cannot be written.
+    """
+    state = require_state(model)
+    base = unwrap(model)
+    names = _saved_names(base, state)
+    if not names:
+        raise PatchError(
+            "there are no adapters to save (adapters='none'): save a PEFT model with its own save_pretrained"
+        )
+    tensors = dict(base.state_dict(keep_vars=True))
+    folder = Path(directory)
+    folder.mkdir(parents=True, exist_ok=True)
+    payload = {key: tensors[name].detach().to("cpu", copy=True).contiguous() for key, name in names.items()}
+    description = {
+        "format_version": _FORMAT,
+        "library": "meft_kernels",
+        "library_version": _library_version(),
+        **_describe_base(base),
+        "config": state.config.to_dict(),
+        "fraction_bits": fraction_bits_of(state),
+        "base_fingerprint": _fingerprint(base, names.values()),
+    }
+    # Each file appears whole or not at all; the config last, so that a folder with one is complete.
+    _replace(folder / WEIGHTS_NAME, lambda path: save_file(payload, path, metadata={"format": "pt"}))
+    _replace(
+        folder / CONFIG_NAME, lambda path: path.write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
+    )
+
+
+def load_adapter(model: Model, directory: str | os.PathLike[str]) -> Model:
+    """Read what :func:`save_adapter` wrote into a model of the same base, patching it first if it is not patched.
+
+    Strict: base model, settings, names and shapes must agree, or nothing is changed.
+
+    Returns:
+        The same object.
+
+    Raises:
+        AdapterFileError: files missing, damaged, for another base model, or with missing or unexpected tensors.
+        PatchError: the model is patched with other settings.
+        UnsupportedModelError: the model cannot be patched.
+    """
+    folder = Path(directory)
+    description = _read_description(folder)
+    base = unwrap(model)
+    _check_base(base, description)
+    try:
+        config = MeftConfig.from_dict(description["config"])
+    except (TypeError, ValueError) as error:
+        raise AdapterFileError(f"{folder / CONFIG_NAME}: {error}") from error
+    fresh = find_state(model) is None
+    patch(model, config)
+    try:
+        _load_weights(base, require_state(model), folder, description)
+    except BaseException:
+        if fresh:
+            unpatch(model)
+        raise
+    return model
+
+
+def _saved_names(base: Any, state: PatchState) -> dict[str, str]:
+    """Key in the file -> name in ``state_dict()``; keys lack what torch.compile puts into names."""
+    prefixes = tuple(f"{name}." for name in (*adapter_module_names(state), *state.trained_modules))
+    return {_key(name): name for name in base.state_dict() if _key(name).startswith(prefixes)}
+
+
+def _key(name: str) -> str:
+    return name.replace("_orig_mod.", "")
+
+
+def _describe_base(base: Any) -> dict[str, Any]:
+    config = base.config
+    return {
+        "base_model_name_or_path": getattr(config, "_name_or_path", "") or "",
+        "base_model_class": type(base).__name__,
+        "model_type": config.model_type,
+        "hidden_size": config.hidden_size,
+        "num_hidden_layers": config.num_hidden_layers,
+        "vocab_size": getattr(config, "vocab_size", None),
+    }
+
+
+def _check_base(base: Any, description: dict[str, Any]) -> None:
+    for name, here in _describe_base(base).items():
+        saved = description.get(name)
+        if name != "base_model_name_or_path" and saved != here:
+            raise AdapterFileError(
+                f"the adapter was trained on another base model ({description.get('base_model_name_or_path') or 'unnamed'}): "
+                f"its {name} is {saved!r}, this model's {here!r}"
+            )
+    # Names differ between machines and say little; weights do not lie.
+    expected = description["base_fingerprint"]
+    tensors = dict(base.named_parameters())
+    off = total = 0
+    for name, values in expected.items():
+        tensor = tensors.get(name)
+        if tensor is None or not _sampled(tensor):
+            continue  # quantised on this side: nothing to compare
+        for here, saved in zip(_samples(tensor), values, strict=True):
+            total += 1
+            off += not abs(here - saved) <= _FINGERPRINT_TOLERANCE * max(abs(here), abs(saved)) + 1e-6
+    if off > 0.02 * total:
+        raise AdapterFileError(
+            f"the adapter was trained on other base weights ({description.get('base_model_name_or_path') or 'unnamed'}): "
+            f"{off} of {total} sampled weights differ from this model's"
+        )
+
+
+def _fingerprint(base: Any, trained: Any) -> dict[str, list[float]]:
+    """A few weights of every large frozen matrix."""
+    skip = set(trained)
+    return {
+        name: _samples(parameter)
+        for name, parameter in base.named_parameters()
+        if name not in skip and not parameter.requires_grad and _sampled(parameter)
+    }
+
+
+def _sampled(tensor: torch.Tensor) -> bool:
+    return tensor.is_floating_point() and tensor.dim() >= 2 and tensor.numel() >= _FINGERPRINT_SAMPLES
+
+
+def _samples(tensor: torch.Tensor) -> list[float]:
+    places = torch.linspace(0, tensor.numel() - 1, _FINGERPRINT_SAMPLES, dtype=torch.float64).long()
+    return [float(f"{value:.5g}") for value in tensor.detach().reshape(-1)[places.to(tensor.device)].float().tolist()]
+
+
+def _read_description(folder: Path) -> dict[str, Any]:
+    path = folder / CONFIG_NAME
+    try:
+        description = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise AdapterFileError(f"{folder} holds no {CONFIG_NAME}: is it a folder written by save_adapter?") from None
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise AdapterFileError(f"{path} is damaged: {error}") from error
+    if not isinstance(description, dict) or description.get("library") != "meft_kernels":
+        raise AdapterFileError(f"{path} was not written by meft_kernels (a PEFT adapter is loaded with PEFT)")
+    if description.get("format_version") != _FORMAT:
+        raise AdapterFileError(f"{path} has format {description.get('format_version')!r}, this version reads {_FORMAT}")
+    for name, kind in (("config", dict), ("base_fingerprint", dict), ("fraction_bits", list)):
+        if not isinstance(description.get(name), kind):
+            raise AdapterFileError(f"{path} has no valid {name!r}")
+    samples = description["base_fingerprint"].values()
+    if not all(
+        isinstance(values, list)
+        and len(values) == _FINGERPRINT_SAMPLES
+        and all(isinstance(v, int | float) for v in values)
+        for values in samples
+    ):
+        raise AdapterFileError(f"{path} has no valid 'base_fingerprint'")
+    if not all(bits is None or (isinstance(bits, int) and 0 <= bits <= 28) for bits in description["fraction_bits"]):
+        raise AdapterFileError(f"{path} has no valid 'fraction_bits'")
+    return description
+
+
+def _load_weights(base: Any, state: PatchState, folder: Path, description: dict[str, Any]) -> None:
+    path = folder / WEIGHTS_NAME
+    names = _saved_names(base, state)
+    bits = description["fraction_bits"]
+    if len(bits) != len(state.stacks):
+        raise AdapterFileError(
+            f"{folder / CONFIG_NAME} has fraction_bits for {len(bits)} stacks, the model {len(state.stacks)}"
+        )
+    try:
+        with safe_open(path, framework="pt") as file:
+            found = {key: file.get_tensor(key) for key in file.keys()}
+    except (FileNotFoundError, IsADirectoryError):
+        raise AdapterFileError(f"{folder} holds no {WEIGHTS_NAME}") from None
+    except (SafetensorError, ValueError, OSError) as error:
+        raise AdapterFileError(f"{path} is damaged or no safetensors file: {error}") from error
+    found = {_key(key): tensor for key, tensor in found.items()}
+    if missing := sorted(names.keys() - found.keys()):
+        raise AdapterFileError(f"{path} lacks {len(missing)} tensors, {missing[0]} among them")
+    if unexpected := sorted(found.keys() - names.keys()):
+        raise AdapterFileError(
+            f"{path} has {len(unexpected)} tensors that the model does not, {unexpected[0]} among them"
+        )
+    targets = dict(base.state_dict(keep_vars=True))
+    for key, name in names.items():
+        if found[key].shape != targets[name].shape:
+            raise AdapterFileError(
+                f"{path}: {key} is {tuple(found[key].shape)}, the model's {tuple(targets[name].shape)}"
+            )
+    with torch.no_grad():
+        for key, name in names.items():
+            targets[name].copy_(found[key])
+    for stack, fraction_bits in zip(state.stacks, bits, strict=True):
+        if fraction_bits is not None and state.config.arithmetic == "exact":
+            stack.set_fraction_bits(fraction_bits)
+
+
+def _replace(path: Path, write: Any) -> None:
+    partial = path.with_name(path.name + ".partial")
+    try:
+        write(partial)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _library_version() -> str:
+    try:
+        return version("meft_kernels")
+    except PackageNotFoundError:
+        return "unknown"

@@ -1,0 +1,238 @@
+"""The command line: ``meft-kernels demo | verify | env``."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+try:
+    import typer
+    from rich.console import Console
+except ModuleNotFoundError as error:  # the library needs neither
+    raise SystemExit(f'the command line needs the package {error.name}: pip install "meft_kernels[demo]"') from None
+
+from .config import MeftConfig
+from .errors import MeftError
+
+if TYPE_CHECKING:
+    import torch
+
+app = typer.Typer(
+    help="Fine-tune pretrained transformers through a bit-exact reversible stack.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+console = Console()
+errors = Console(stderr=True)
+
+Model = Annotated[str, typer.Option(help="minilm, smollm2, a .gguf file, a folder or a hub id.")]
+Data = Annotated[str, typer.Option(help="rotten_tomatoes, imdb, or a .csv file with the columns text and label.")]
+Variant = Annotated[str, typer.Option(help="meft1, meft2 or meft3.")]
+Rank = Annotated[int | None, typer.Option(help="Bottleneck width of the adapters.")]
+DType = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
+
+
+@contextlib.contextmanager
+def _user_errors() -> Iterator[None]:
+    """What the user can put right is said in red and ends with 2; anything else is a bug and keeps its traceback."""
+    try:
+        yield
+    except (MeftError, ValueError) as error:
+        errors.print(f"error: {error}", style="red", markup=False, highlight=False)
+        raise typer.Exit(2) from None
+
+
+def _quiet() -> None:
+    """Keep the notes that loading a model and a file prints out of the way of our own output."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    import transformers
+
+    # PEFT 0.21 asks transformers 5.23 for an attribute under its old name.
+    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    if importlib.util.find_spec("datasets") is not None:
+        import datasets
+
+        datasets.disable_progress_bars()
+
+
+def _dtype(name: str) -> torch.dtype:
+    import torch
+
+    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if name not in known:
+        raise ValueError(f"--dtype is one of {', '.join(known)}, not {name!r}")
+    return known[name]
+
+
+def _given(**options: Any) -> dict[str, Any]:
+    """The options that were given."""
+    return {name: value for name, value in options.items() if value is not None}
+
+
+@app.command()
+def demo(
+    model: Model = "minilm",
+    data: Data = "rotten_tomatoes",
+    variant: Variant = "meft1",
+    compare: Annotated[bool, typer.Option("--compare", help="Train PEFT LoRA on the same batches too.")] = False,
+    seeds: Annotated[int, typer.Option(min=1, help="Repeat with this many seeds; mean and spread.")] = 1,
+    seed: Annotated[int, typer.Option(help="The first seed.")] = 0,
+    steps: Annotated[int | None, typer.Option(min=1, help="Training steps.")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Texts in a batch.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Peak learning rate of MEFT.")] = None,
+    lora_lr: Annotated[float | None, typer.Option(help="Peak learning rate of LoRA.")] = None,
+    rank: Rank = None,
+    max_length: Annotated[int | None, typer.Option(min=16, help="Tokens of a text, at most.")] = None,
+    held_out: Annotated[int | None, typer.Option(min=1, help="Texts to measure the accuracy on.")] = None,
+    train_texts: Annotated[int | None, typer.Option(min=1, help="Texts to train on; all by default.")] = None,
+    dtype: DType = "float32",
+    out: Annotated[Path, typer.Option(help="Folder for the adapter, the figures and the plot.")] = Path("meft-demo"),
+) -> None:
+    """Fine-tune a pretrained model on film reviews, and show what it takes."""
+    with _user_errors():
+        _quiet()
+        import torch
+
+        from .demo.data import load_texts
+        from .demo.methods import METHODS, recipe_for
+        from .demo.models import Task
+        from .demo.packages import require
+        from .demo.report import plot, table, write_json
+        from .demo.run import Demo, default_device, run_demo
+
+        for module in ("datasets", *(("peft", "matplotlib") if compare else ())):
+            require(module)  # before minutes of training, not after
+        task = Task(model, load_texts(data, held_out=1).classes)
+        recipe = dataclasses.replace(
+            recipe_for(causal=task.causal),
+            **_given(
+                steps=steps,
+                batch_size=batch_size,
+                lr=lr,
+                lora_lr=lora_lr,
+                rank=rank,
+                max_length=max_length,
+                held_out=held_out,
+            ),
+        )
+        task.max_length = recipe.max_length
+        job = Demo(
+            model=model,
+            data=data,
+            recipe=recipe,
+            config=MeftConfig(**{**recipe.meft, "variant": variant, "rank": recipe.rank}),
+            methods=METHODS if compare else ("meft",),
+            seeds=tuple(range(seed, seed + seeds)),
+            out=out,
+            dtype=_dtype(dtype),
+            device=default_device(),
+            train_texts=train_texts,
+        )
+        out.mkdir(parents=True, exist_ok=True)
+        console.print(f"{model} on {data}, {job.device}, {torch.get_num_threads()} threads", highlight=False)
+        outcomes = run_demo(job, task)
+        console.print(table(job, outcomes))
+        write_json(job, outcomes, out / "results.json")
+        written = ["adapter", "results.json"]
+        if compare:
+            plot(job, outcomes, out / "comparison.png")
+            written.append("comparison.png")
+        console.print(f"written to {out}: {', '.join(written)}", highlight=False)
+    if any(outcome.bit_exact is False or outcome.same_after_reload is False for outcome in outcomes):
+        errors.print("the run was not exact: please report this, with the output of: meft-kernels env", style="red")
+        raise typer.Exit(1)
+
+
+@app.command()
+def verify(
+    model: Model = "minilm",
+    data: Data = "rotten_tomatoes",
+    variant: Variant = "meft1",
+    arithmetic: Annotated[str, typer.Option(help="exact or float.")] = "exact",
+    coupling: Annotated[str, typer.Option(help="centered or paper.")] = "centered",
+    lam: Annotated[float | None, typer.Option(help="Coefficient of the first lane.")] = None,
+    beta: Annotated[float | None, typer.Option(help="Coefficient of the second lane.")] = None,
+    rank: Rank = None,
+    fraction_bits: Annotated[int | None, typer.Option(help="Bits after the point; calibrated by default.")] = None,
+    paper: Annotated[bool, typer.Option("--paper", help="The paper's settings for the variant.")] = False,
+    dtype: DType = "float32",
+    batch_size: Annotated[int, typer.Option(min=1, help="Texts in the batch.")] = 8,
+    max_length: Annotated[int, typer.Option(min=16, help="Tokens of a text, at most.")] = 256,
+    seed: Annotated[int, typer.Option(help="Seed of the batch and the adapters.")] = 0,
+) -> None:
+    """Is every layer of this model rebuilt bit for bit? Exit code 1 if not."""
+    with _user_errors():
+        _quiet()
+        import torch
+
+        from .demo.data import load_texts
+        from .demo.models import Task
+        from .demo.run import default_device
+        from .patching import patch
+        from .verify import verify as run_verify
+
+        given = _given(rank=rank, lam=lam, beta=beta, fraction_bits=fraction_bits)
+        settings: dict[str, Any] = {"arithmetic": arithmetic, "coupling": coupling, "variant": variant, **given}
+        config = MeftConfig.paper(variant, **given) if paper else MeftConfig(**settings)  # type: ignore[arg-type]
+        texts = load_texts(data, held_out=batch_size, seed=seed)
+        task = Task(model, texts.classes, max_length=max_length)
+        device = default_device()
+        network = task.load(dtype=_dtype(dtype), device=device, seed=seed)
+        torch.manual_seed(seed)
+        patch(network, config)
+        report = run_verify(network, task.batch(texts.held_out, list(range(batch_size)), device))
+        console.print(str(report), markup=False, highlight=False)
+    if not report.bit_exact:
+        raise typer.Exit(1)
+
+
+@app.command()
+def env() -> None:
+    """Versions, device and kernels: paste this into a bug report."""
+    import torch
+
+    def version(package: str) -> str:
+        try:
+            return importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            return "not installed"
+
+    lines = {"python": platform.python_version(), "system": platform.platform()}
+    packages = ("meft_kernels", "torch", "triton", "transformers", "peft", "accelerate", "datasets", "safetensors")
+    lines |= {package: version(package) for package in packages}
+    lines["cpu threads"] = str(torch.get_num_threads())
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            major, minor = torch.cuda.get_device_capability(index)
+            lines[f"cuda:{index}"] = f"{torch.cuda.get_device_name(index)}, compute capability {major}.{minor}"
+        lines["cuda"] = str(torch.version.cuda)
+    else:
+        lines["cuda"] = "no device"
+    has_triton = importlib.util.find_spec("triton") is not None
+    lines["coupling kernels"] = "triton on CUDA, torch elsewhere" if has_triton else "torch (triton is not installed)"
+    lines["variables"] = " ".join(
+        f"{name}={os.environ[name]}" for name in ("HF_HUB_OFFLINE", "TRITON_INTERPRET") if name in os.environ
+    )
+    width = max(map(len, lines))
+    for name, value in lines.items():
+        console.print(f"{name:<{width}}  {value}", markup=False, highlight=False, soft_wrap=True)
+
+
+def main() -> None:
+    """The entry point of the package."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

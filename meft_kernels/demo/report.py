@@ -1,0 +1,130 @@
+"""The outcomes of a demo as a table, a plot and a JSON file."""
+
+from __future__ import annotations
+
+import json
+import platform
+import statistics
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.table import Table
+
+from .methods import TITLES
+from .packages import require
+from .run import Demo, Outcome
+
+MIB = 2**20
+
+
+def _spread(values: list[float], form: str) -> str:
+    """The mean; with several seeds, and the sample standard deviation."""
+    mean = format(statistics.mean(values), form)
+    return mean if len(values) == 1 else f"{mean} ± {format(statistics.stdev(values), form)}"
+
+
+def _verdict(values: list[bool | None], good: str, bad: str) -> str:
+    known = [value for value in values if value is not None]
+    return "-" if not known else good if all(known) else bad
+
+
+def _exactness(runs: list[Outcome]) -> str:
+    """The engine raises at the first layer that is not rebuilt bit for bit, so a finished run was exact throughout."""
+    if runs[0].bit_exact is None:
+        return "-"
+    return f"exact, {sum(len(run.losses) for run in runs)} steps" if all(run.bit_exact for run in runs) else "not exact"
+
+
+_ROWS: list[tuple[str, Callable[[list[Outcome]], str]]] = [
+    ("accuracy before, %", lambda runs: _spread([run.accuracy_before for run in runs], ".1f")),
+    ("accuracy after, %", lambda runs: _spread([run.accuracy_after for run in runs], ".1f")),
+    ("trainable parameters", lambda runs: f"{runs[0].trainable:,}"),
+    ("rank", lambda runs: str(runs[0].rank)),
+    ("learning rate", lambda runs: f"{runs[0].lr:g}"),
+    ("activations kept, MiB", lambda runs: _spread([run.kept_bytes / MIB for run in runs], ".1f")),
+    ("peak of a step, MiB", lambda runs: _spread([run.peak_bytes / MIB for run in runs], ".1f")),
+    ("seconds per step", lambda runs: _spread([run.seconds_per_step for run in runs], ".3f")),
+    ("rebuilt bit for bit", _exactness),
+    (
+        "gradient error",
+        lambda runs: "-" if runs[0].gradient_error is None else f"{max(run.gradient_error or 0 for run in runs):.1e}",
+    ),
+    (
+        "same logits, reloaded",
+        lambda runs: _verdict([run.same_after_reload for run in runs], "yes, every bit", "NO"),
+    ),
+]
+
+
+def by_method(outcomes: list[Outcome]) -> dict[str, list[Outcome]]:
+    grouped: dict[str, list[Outcome]] = {}
+    for outcome in outcomes:
+        grouped.setdefault(outcome.method, []).append(outcome)
+    return grouped
+
+
+def table(demo: Demo, outcomes: list[Outcome]) -> Table:
+    """One column a method; figures of several seeds as mean and standard deviation."""
+    seeds = f", mean ± std of {len(demo.seeds)} seeds" if len(demo.seeds) > 1 else ""
+    recipe = demo.recipe
+    made = Table(
+        title=f"{demo.model} on {demo.data}: {recipe.steps} steps of {recipe.batch_size}{seeds}",
+        caption=(
+            f"accuracy: on {recipe.held_out} held-out texts; activations kept: live tensors after the forward of one "
+            "training batch, the same for every method; gradient error: relative, to plain autograd"
+        ),
+    )
+    made.add_column()
+    grouped = by_method(outcomes)
+    for method in grouped:
+        name = f"{TITLES[method]} ({demo.config.variant})" if method == "meft" else TITLES[method]
+        made.add_column(name, justify="right")
+    for label, cell in _ROWS:
+        made.add_row(label, *(cell(runs) for runs in grouped.values()))
+    return made
+
+
+def write_json(demo: Demo, outcomes: list[Outcome], path: Path) -> None:
+    """Settings, versions and every figure, so that a run can be compared with another."""
+    import transformers
+
+    document: dict[str, Any] = {
+        "settings": demo.settings(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "threads": torch.get_num_threads(),
+        "outcomes": [asdict(outcome) for outcome in outcomes],
+    }
+    path.write_text(json.dumps(document, indent=1, default=str) + "\n", encoding="utf-8")
+
+
+def _smooth(values: list[float]) -> list[float]:
+    """Running mean of the last tenth of the run: single batches are too noisy to compare methods by eye."""
+    window = max(1, len(values) // 10)
+    return [statistics.fmean(values[max(0, i - window + 1) : i + 1]) for i in range(len(values))]
+
+
+def plot(demo: Demo, outcomes: list[Outcome], path: Path) -> None:
+    """Loss curves (mean over seeds) and memory bars, as PNG."""
+    require("matplotlib")
+    from matplotlib.figure import Figure  # no pyplot: no global state, no display needed
+
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    losses, memory = figure.subplots(1, 2)
+    grouped = by_method(outcomes)
+    for position, (method, runs) in enumerate(grouped.items()):
+        curve = [statistics.fmean(step) for step in zip(*(run.losses for run in runs), strict=True)]
+        (line,) = losses.plot(_smooth(curve), label=TITLES[method])
+        for offset, value, alpha in ((-0.2, runs[0].kept_bytes, 1.0), (0.2, runs[0].peak_bytes, 0.45)):
+            bars = memory.bar(position + offset, value / MIB, 0.38, color=line.get_color(), alpha=alpha)
+            memory.bar_label(bars, fmt="%.0f")
+    losses.set(xlabel="step", ylabel="training loss, running mean", title=f"{demo.model} on {demo.data}")
+    losses.legend()
+    names = [TITLES[method].replace(" + ", " +\n") for method in grouped]
+    memory.set_xticks(range(len(grouped)), names)
+    memory.set(ylabel="MiB", title="one training step: kept after forward, and peak (pale)")
+    figure.savefig(path, dpi=120)

@@ -1,0 +1,126 @@
+"""What a patched model is made of, for people."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from .ops.coupling.api import reciprocal
+from .ops.coupling.packing import remainder_bits
+from .patching import count_parameters, require_state, unwrap
+from .stack import ReversibleStack
+
+
+@dataclass(frozen=True)
+class StackDescription:
+    """One list of layers."""
+
+    name: str
+    """Qualified name of the list in the model."""
+    layers: int
+    frozen_layers: int
+    reversible_layers: int
+    fraction_bits: int | None
+    """None for float streams, and before the first batch has calibrated it."""
+    bits_per_element: int
+    """Bits that each reversible layer keeps of each element of the hidden states (packed remainders)."""
+    bytes_per_token_and_layer: float
+    bytes_per_token: float
+    """All reversible layers' remainders and the two streams."""
+
+
+@dataclass(frozen=True)
+class Description:
+    """What :func:`describe` returns; ``str()`` gives a table."""
+
+    model: str
+    variant: str
+    arithmetic: str
+    coupling: str
+    engine: str
+    lam: float
+    beta: float
+    rank: int | None
+    trainable_parameters: int
+    all_parameters: int
+    stacks: tuple[StackDescription, ...]
+
+    def __str__(self) -> str:
+        rows = [
+            ("model", self.model),
+            ("variant", f"{self.variant}, lam {self.lam:g}, beta {self.beta:g}"),
+            ("arithmetic", f"{self.arithmetic}, {self.coupling} coupling"),
+            ("engine", self.engine),
+            ("adapters", "none" if self.rank is None else f"rank {self.rank}"),
+            ("trainable", f"{self.trainable_parameters:,} of {self.all_parameters:,} parameters"),
+        ]
+        for stack in self.stacks:
+            fixed = (
+                "" if self.arithmetic == "float" else f", fraction_bits {stack.fraction_bits or 'not calibrated yet'}"
+            )
+            rows += [
+                (
+                    stack.name,
+                    f"{stack.layers} layers: {stack.frozen_layers} frozen, {stack.reversible_layers} reversible{fixed}",
+                ),
+                (
+                    "  kept per layer",
+                    f"{stack.bytes_per_token_and_layer:,.0f} bytes per token ({stack.bits_per_element} bits per element)",
+                ),
+                ("  kept in all", f"{stack.bytes_per_token:,.0f} bytes per token, the two streams included"),
+            ]
+        width = max(len(label) for label, _ in rows)
+        return "\n".join(f"{label:<{width}}  {text}" for label, text in rows)
+
+
+def describe(model: nn.Module) -> Description:
+    """What :func:`~meft_kernels.patch` made of the model, and what it keeps between forward and backward.
+
+    Raises:
+        PatchError: the model is not patched.
+    """
+    state = require_state(model)
+    config = state.config
+    base = unwrap(model)
+    trainable, total = count_parameters(base)
+    lam, beta = config.coefficients
+    return Description(
+        model=type(base).__name__,
+        variant=config.variant,
+        arithmetic=config.arithmetic,
+        coupling=config.coupling,
+        engine=config.engine,
+        lam=lam,
+        beta=beta,
+        rank=config.rank if config.adapters == "all" else None,
+        trainable_parameters=trainable,
+        all_parameters=total,
+        stacks=tuple(_describe_stack(stack, base.config.hidden_size, base.dtype.itemsize) for stack in state.stacks),
+    )
+
+
+def _describe_stack(stack: ReversibleStack, hidden_size: int, itemsize: int) -> StackDescription:
+    exact = stack.config.arithmetic == "exact"
+    bits = 0
+    if exact:
+        bits = sum(remainder_bits(reciprocal(lane.coefficient)[0]) for lane in (stack.plan.first, stack.plan.second))
+    reversible = stack.reversible_end - stack.first
+    per_layer = -(-hidden_size // 8) * bits
+    streams = 2 * hidden_size * (4 if exact else itemsize)
+    return StackDescription(
+        name=stack.name,
+        layers=stack.first + len(stack.layers),
+        frozen_layers=stack.first,
+        reversible_layers=reversible,
+        fraction_bits=stack.arithmetic.fraction_bits if stack.arithmetic is not None else None,
+        bits_per_element=bits,
+        bytes_per_token_and_layer=per_layer,
+        bytes_per_token=per_layer * reversible + streams,
+    )
+
+
+def print_trainable_parameters(model: nn.Module) -> None:
+    """Print the number of trainable parameters, in the words that PEFT's users know."""
+    trainable, total = count_parameters(unwrap(model))
+    print(f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {100 * trainable / total:.4f}")

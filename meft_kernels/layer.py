@@ -1,0 +1,137 @@
+"""One layer made reversible: what its ``forward`` becomes, its branches, and what of its call needs a gradient."""
+
+from __future__ import annotations
+
+import inspect
+import types
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_map_only
+
+from .adapters import Adapter, FfnTap
+from .variants import Branch
+
+if TYPE_CHECKING:
+    from .stack import ReversibleStack
+
+CACHE_ARGUMENTS = ("past_key_values", "past_key_value", "layer_past", "use_cache")
+"""Names under which a layer may be handed a KV cache; a recompute would append to it."""
+
+
+class PatchedLayer:
+    """Stands in for one layer's ``forward``."""
+
+    def __init__(
+        self,
+        stack: ReversibleStack,
+        module: nn.Module,
+        index: int,
+        name: str,
+        adapter: Adapter | None,
+        tap: FfnTap | None,
+    ) -> None:
+        self.stack = stack
+        self.module = module
+        self.index = index
+        self.name = name
+        self.adapter = adapter
+        self.tap = tap
+        self._instance_forward = vars(module).get("forward")  # another library's, bound before ours
+        self._parameters = [
+            parameter.name
+            for parameter in inspect.signature(self.original).parameters.values()
+            if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)
+        ]
+        self._extras: list[Any] | None = None
+
+    @property
+    def original(self) -> Callable[..., Any]:
+        """The layer's forward as it was. Looked up and not stored: a pickled bound method would come back as ours."""
+        return self._instance_forward or types.MethodType(type(self.module).forward, self.module)
+
+    def bind(self) -> None:
+        """Put this object in the place of the layer's ``forward``."""
+        self.module.forward = self
+
+    def unbind(self) -> None:
+        """Give the layer its own ``forward`` back."""
+        if self._instance_forward is None:
+            del self.module.forward
+        else:
+            self.module.forward = self._instance_forward
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(self.original)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The layer's call, its arguments by name: their order differs between families and versions."""
+        if self.stack.bypassed:
+            return self.original(*args, **kwargs)
+        if len(args) > len(self._parameters):
+            raise TypeError(f"{self.name} got {len(args)} positional arguments, it takes {len(self._parameters)}")
+        kwargs.update(zip(self._parameters, args, strict=False))
+        hidden_states = kwargs.pop(self._parameters[0])
+        extras: list[Any] = []
+        self._extras = extras
+        try:
+            hidden_states = self.stack.run(self, hidden_states, kwargs)
+        except BaseException:
+            self.stack.abandon()
+            raise
+        finally:
+            self._extras = None
+        return (hidden_states, *extras) if extras else hidden_states
+
+    def has(self, branch: Branch) -> bool:
+        return branch != "adapter" or self.adapter is not None
+
+    def run(self, branch: Branch, hidden_states: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:
+        """Compute one branch; see :data:`meft_kernels.variants.Branch`."""
+        spec = self.stack.spec
+        if branch == "layer":
+            output = self.original(hidden_states, **kwargs)
+            if isinstance(output, tuple):
+                if self._extras is not None:
+                    # Attention weights and the like: for the caller to look at, not to differentiate.
+                    self._extras.extend(tree_map_only(torch.Tensor, torch.Tensor.detach, output[1:]))
+                output = output[0]
+            return output
+        if branch == "mlp":
+            return spec.mlp_block(self.module, hidden_states, **kwargs)
+        if branch == "attention":
+            hidden_states = spec.attention_block(self.module, hidden_states, **kwargs)
+        if self.adapter is None:
+            return hidden_states if branch != "adapter" else torch.zeros_like(hidden_states)
+        adapted = self.adapter(hidden_states)
+        return adapted if branch == "adapter" else hidden_states + adapted
+
+
+def without_cache(kwargs: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in kwargs.items() if name not in CACHE_ARGUMENTS}
+
+
+def differentiable(
+    module: nn.Module, kwargs: dict[str, Any]
+) -> tuple[list[torch.Tensor], list[torch.Tensor], dict[str, Any]]:
+    """What of a layer call needs a gradient besides the streams.
+
+    Returns:
+        The tensors themselves; the leaves to differentiate by (parameters stand for themselves, arguments for detached
+        copies); and ``kwargs`` with those copies in place.
+    """
+    tensors: list[torch.Tensor] = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    leaves = list(tensors)
+
+    def detach(tensor: torch.Tensor) -> torch.Tensor:
+        if not tensor.requires_grad:
+            return tensor
+        leaf = tensor.detach().requires_grad_()
+        tensors.append(tensor)
+        leaves.append(leaf)
+        return leaf
+
+    return tensors, leaves, tree_map_only(torch.Tensor, detach, kwargs)

@@ -1,0 +1,208 @@
+"""The public functional ops: argument checks, and the choice between the reference and the Triton kernels."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import logging
+from typing import Literal
+
+import torch
+
+from . import reference
+from .packing import packed_shape
+from .types import Coupled, Uncoupled
+
+logger = logging.getLogger(__name__)
+
+Impl = Literal["auto", "torch", "triton"]
+
+MAX_FRACTION_BITS = 28
+_MAX_Q = 2**31 - 1
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def reciprocal(coefficient: float) -> tuple[int, int]:
+    """``(q, sign)`` with ``coefficient == sign / q``, what exact arithmetic can hold.
+
+    Raises:
+        ValueError: the coefficient is not +-1/q for an integer q >= 1; the message names the nearest that is.
+    """
+    if not coefficient or coefficient != coefficient or abs(coefficient) > 1:
+        nearest = "0 has no inverse" if not coefficient else f"the nearest is {'-' if coefficient < 0 else ''}1.0"
+        raise ValueError(
+            f"exact arithmetic needs a coefficient of +-1/q with an integer q >= 1, got {coefficient}: {nearest}"
+        )
+    sign = 1 if coefficient > 0 else -1
+    q = min(round(1 / abs(coefficient)), _MAX_Q)
+    # A user writes 0.1 or 1/3: accept what double rounding of 1/q allows, nothing more.
+    if abs(coefficient * q - sign) > 1e-9:
+        q = min((q, q + 1), key=lambda near: abs(1 / near - abs(coefficient)))  # 0.7 lies nearer 1/2 than 1
+        raise ValueError(
+            f"exact arithmetic needs a coefficient of +-1/q with an integer q >= 1, got {coefficient}: "
+            f"the nearest is {sign / q} (q = {q}); or use arithmetic='float'"
+        )
+    return q, sign
+
+
+@functools.cache
+def _warn_fallback(reason: str) -> None:
+    logger.warning("meft_kernels: coupling runs in plain torch instead of Triton: %s", reason)
+
+
+@functools.cache
+def _triton_installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def _why_not_triton(*tensors: torch.Tensor | None) -> str | None:
+    """The reason why the Triton kernels cannot take these tensors, or None."""
+    if not _triton_installed():
+        return "triton is not installed"
+    from . import triton as kernels
+
+    given = [tensor for tensor in tensors if tensor is not None]
+    if any(tensor.dtype == torch.float64 for tensor in given):
+        return "float64 tensors are not supported"
+    device = given[0].device
+    if device.type != "cuda" and not kernels.INTERPRETED:
+        return f"the tensors are on {device}"
+    if device.type == "cuda" and any(tensor.dtype == torch.bfloat16 for tensor in given):
+        if torch.cuda.get_device_capability(device) < (8, 0):
+            return "bfloat16 needs compute capability 8.0"
+    return None
+
+
+def use_triton(impl: Impl, *tensors: torch.Tensor | None) -> bool:
+    """Whether these tensors go to the Triton kernels.
+
+    Raises:
+        ValueError: an unknown ``impl``.
+        RuntimeError: ``impl="triton"`` and the kernels cannot take these tensors.
+    """
+    if impl not in ("auto", "torch", "triton"):
+        raise ValueError(f"impl must be 'auto', 'torch' or 'triton', got {impl!r}")
+    on_gpu = any(tensor is not None and tensor.device.type == "cuda" for tensor in tensors)
+    if impl == "torch" or (impl == "auto" and not on_gpu):
+        return False
+    reason = _why_not_triton(*tensors)
+    if reason is None:
+        return True
+    if impl == "triton":
+        raise RuntimeError(f"impl='triton' cannot run: {reason}; use impl='auto' or impl='torch'")
+    _warn_fallback(reason)
+    return False
+
+
+def _check(
+    stream: torch.Tensor,
+    branch: torch.Tensor,
+    center: torch.Tensor | None,
+    fraction_bits: int | None,
+    coefficient: float,
+) -> tuple[int, int] | None:
+    """Validate one lane; ``(q, sign)`` for exact streams, None for float ones."""
+    if stream.dim() == 0:
+        raise ValueError("a stream needs at least one dimension")
+    for name, tensor in (("branch", branch), ("center", center)):
+        if tensor is not None and (tensor.shape != stream.shape or tensor.device != stream.device):
+            raise ValueError(
+                f"{name} is {tuple(tensor.shape)} on {tensor.device}, the stream {tuple(stream.shape)} on {stream.device}"
+            )
+    if branch.dtype not in _FLOATS:
+        raise TypeError(f"branch must be floating point, got {branch.dtype}")
+    if center is not None and center.dtype != stream.dtype:
+        raise TypeError(f"center is {center.dtype}, the stream {stream.dtype}")
+    if stream.dtype == torch.int32:
+        if fraction_bits is None or not 0 <= fraction_bits <= MAX_FRACTION_BITS:
+            raise ValueError(f"an int32 stream needs fraction_bits in [0, {MAX_FRACTION_BITS}], got {fraction_bits}")
+        return reciprocal(coefficient)
+    if stream.dtype not in _FLOATS:
+        raise TypeError(f"a stream is int32 (exact) or floating point, got {stream.dtype}")
+    if fraction_bits is not None:
+        raise ValueError("fraction_bits belongs to int32 streams")
+    if not coefficient:
+        raise ValueError("coefficient 0 has no inverse")
+    return None
+
+
+def couple(
+    a: torch.Tensor,
+    branch: torch.Tensor,
+    coefficient: float,
+    *,
+    center: torch.Tensor | None = None,
+    fraction_bits: int | None = None,
+    value_dtype: torch.dtype | None = None,
+    inplace: bool = False,
+    impl: Impl = "auto",
+) -> Coupled:
+    """One lane of the coupling: ``y = branch + coefficient * (a - center)``.
+
+    Args:
+        a: the stream, int32 (exact, fixed point) or floating point, any shape with at least one dimension.
+        branch: F(x2) or G(y1), floating point, shape of ``a``.
+        coefficient: lambda or beta. Exact streams take +-1/q for any integer q >= 1.
+        center: the other stream, dtype and shape of ``a``; None for the paper's coupling.
+        fraction_bits: k of the fixed point, 0..28; int32 streams only.
+        value_dtype: dtype in which a copy of ``y`` is wanted, or None.
+        inplace: write ``y`` over ``a``.
+        impl: "auto" takes Triton on CUDA and torch elsewhere.
+
+    Not differentiable: the reversible layer supplies the gradient (rounding counts as identity).
+
+    Raises:
+        ValueError, TypeError: arguments that do not fit together, before anything is written.
+    """
+    exact = _check(a, branch, center, fraction_bits, coefficient)
+    if use_triton(impl, a, branch, center):
+        from . import triton as kernels
+
+        return kernels.couple(a, branch, coefficient, exact, center, fraction_bits, value_dtype, inplace)
+    with torch.no_grad():
+        if exact is not None and fraction_bits is not None:
+            q, sign = exact
+            return reference.couple_exact(a, branch, q, sign, center, fraction_bits, value_dtype, inplace)
+        return reference.couple_float(a, branch, coefficient, center, value_dtype, inplace)
+
+
+def uncouple(
+    y: torch.Tensor,
+    branch: torch.Tensor,
+    coefficient: float,
+    remainder: torch.Tensor | None = None,
+    *,
+    center: torch.Tensor | None = None,
+    fraction_bits: int | None = None,
+    value_dtype: torch.dtype | None = None,
+    inplace: bool = False,
+    impl: Impl = "auto",
+) -> Uncoupled:
+    """Inverse of :func:`couple`: ``a = center + (y - branch) / coefficient``, bit for bit on int32 streams.
+
+    Args:
+        y: the stream that ``couple`` returned.
+        branch, coefficient, center, fraction_bits: as they were given to ``couple``.
+        remainder: what ``couple`` returned; None for float streams and for q = 1.
+        value_dtype, inplace, impl: as for ``couple``.
+
+    Raises:
+        ValueError, TypeError: arguments that do not fit together, before anything is written.
+    """
+    exact = _check(y, branch, center, fraction_bits, coefficient)
+    q = exact[0] if exact is not None else 1
+    expected = packed_shape(y.shape, q) if q > 1 else None
+    actual = tuple(remainder.shape) if remainder is not None else None
+    if actual != expected:
+        raise ValueError(f"coefficient {coefficient} needs remainders of shape {expected}, got {actual}")
+    if remainder is not None and (remainder.dtype != torch.uint8 or remainder.device != y.device):
+        raise TypeError(f"remainders are uint8 on {y.device}, got {remainder.dtype} on {remainder.device}")
+    if use_triton(impl, y, branch, center):
+        from . import triton as kernels
+
+        return kernels.uncouple(y, branch, coefficient, exact, remainder, center, fraction_bits, value_dtype, inplace)
+    with torch.no_grad():
+        if exact is not None and fraction_bits is not None:
+            q, sign = exact
+            return reference.uncouple_exact(y, branch, q, sign, remainder, center, fraction_bits, value_dtype, inplace)
+        return reference.uncouple_float(y, branch, coefficient, center, value_dtype, inplace)

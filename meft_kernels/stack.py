@@ -1,0 +1,291 @@
+"""One list of layers made reversible: what each layer's ``forward`` becomes, and the forward passes through it.
+
+Nothing of a model's own forward is copied. Its loop calls the layers one by one as before; each layer's ``forward``, bound
+on the instance, is a :class:`PatchedLayer`. The first one starts a :class:`~meft_kernels.reversible.Tape`, the last one
+reads it out.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import logging
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from .architectures import ArchitectureSpec
+from .arithmetic import Arithmetic
+from .calibration import Probe
+from .config import MeftConfig
+from .errors import ReversibleUsageError, StreamOverflowError
+from .layer import CACHE_ARGUMENTS, PatchedLayer, differentiable, without_cache
+from .replay import draw_seed, seeded
+from .reversible import Enter, Exit, Reversible, Step
+from .tape import Observer, Tape
+from .variants import make_plan
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class _Pass:
+    """A forward pass between two of its layers."""
+
+    tape: Tape
+    next_index: int
+    other: torch.Tensor
+    main: torch.Tensor
+    version: int | None
+    graph: bool = False
+    """Whether plain autograd has taken over, as it does above the reversible layers."""
+
+
+class ReversibleStack:
+    """The patched layers of one ``nn.ModuleList`` and the state of the forward passes through them."""
+
+    def __init__(self, owner: nn.Module, name: str, spec: ArchitectureSpec, config: MeftConfig, first: int) -> None:
+        self.owner = owner
+        """The model whose forward loops over the layers."""
+        self.name = name
+        self.spec = spec
+        self.config = config
+        self.plan = make_plan(config)
+        self.engine = config.engine
+        self.first = first
+        self.layers: list[PatchedLayer] = []
+        self.arithmetic: Arithmetic | None = None
+        """None until the first batch has chosen ``fraction_bits``."""
+        self.bypassed = False
+        """Whether calls go to the pretrained layers as they were, adapters left out."""
+        self.observer: Observer | None = None
+        self.headroom_bits = 2
+        """log2 of how much the streams may grow beyond the calibration's largest value."""
+        self._local = threading.local()
+        if config.arithmetic == "float" or config.fraction_bits is not None:
+            self.arithmetic = Arithmetic(config.fraction_bits, config.impl)
+        self._handles = [
+            owner.register_forward_pre_hook(self._before_forward, with_kwargs=True),
+            owner.register_forward_hook(self._after_forward, always_call=True),
+        ]
+
+    def __getstate__(self) -> dict[str, Any]:
+        # For copy.deepcopy and pickle: a pass under way is nothing to copy, and threading.local cannot be.
+        return {name: value for name, value in self.__dict__.items() if name != "_local"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._local = threading.local()
+
+    @property
+    def reversible_end(self) -> int:
+        """Index of the first layer that keeps its activations."""
+        if self.engine == "autograd":
+            return self.first
+        count = self.config.reversible_layers
+        return self.first + (len(self.layers) if count is None else count)
+
+    def remove(self) -> None:
+        """Give every layer its own forward back and take all hooks off."""
+        for layer in self.layers:
+            layer.unbind()
+            if layer.tap is not None:
+                layer.tap.remove()
+        for handle in self._handles:
+            handle.remove()
+
+    def abandon(self) -> None:
+        """Forget the pass under way, if any."""
+        self._local.current = None
+
+    @contextmanager
+    def bypass(self) -> Iterator[None]:
+        """Run a block on the pretrained model as it was before patching."""
+        before, self.bypassed = self.bypassed, True
+        try:
+            yield
+        finally:
+            self.bypassed = before
+
+    def run(self, layer: PatchedLayer, hidden_states: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:
+        """One layer's part of a forward pass."""
+        if layer.module.training and getattr(layer.module, "gradient_checkpointing", False):
+            raise ReversibleUsageError(
+                f"gradient checkpointing is on for {layer.name}, which already keeps no activations: call "
+                "model.gradient_checkpointing_disable(), or pass gradient_checkpointing=False to the trainer"
+            )
+        if layer.index == self.first:
+            current = self._start(hidden_states)
+            hidden_states = current.main  # as quantised, which is what the recompute will see
+        else:
+            current = self._resume(layer, hidden_states)
+        tensors, leaves, detached = differentiable(layer.module, kwargs)
+        if not torch.is_grad_enabled() or not (tensors or current.main.requires_grad):
+            current.main = Step(layer, current.tape, kwargs, []).forward(hidden_states, recording=False)
+        elif self._keeps_activations(layer, kwargs):
+            if not current.graph:
+                current.tape, current.graph = current.tape.fork(), True
+            step = Step(layer, current.tape, kwargs, [])
+            current.other, current.main = step.forward_with_graph(current.other, hidden_states)
+        else:
+            if current.tape.first_recorded is None:
+                current.tape.first_recorded = layer.index
+            step = Step(layer, current.tape, without_cache(detached), leaves)
+            current.other, current.main = Reversible.apply(step, current.other, hidden_states, *tensors)
+            if self.observer is not None:
+                self.observer.saved(layer.index, step.saved_bytes)
+        if layer is self.layers[-1]:
+            self.abandon()
+            self._check(current.tape)
+            return Exit.apply(current.other, current.main, current.tape)
+        current.next_index = layer.index + 1
+        current.version = _version(current.main)
+        return current.main
+
+    def _start(self, hidden_states: torch.Tensor) -> _Pass:
+        if self.arithmetic is None:
+            raise ReversibleUsageError(
+                f"{self.name} was called without its model, so fraction_bits could not be calibrated: call "
+                "model(**batch) or meft_kernels.calibrate(model, batch) once, or pass fraction_bits to patch"
+            )
+        if hidden_states.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+            raise ReversibleUsageError(
+                f"hidden states must be float16, bfloat16, float32 or float64, got {hidden_states.dtype}"
+            )
+        tape = Tape.start(
+            hidden_states,
+            arithmetic=self.arithmetic,
+            plan=self.plan,
+            seed=draw_seed() if self.layers[0].module.training else None,
+            position=self.first,
+            observer=self.observer,
+        )
+        other, main = Enter.apply(hidden_states, tape)
+        self._local.current = current = _Pass(tape, self.first, other, main, None)
+        return current
+
+    def _resume(self, layer: PatchedLayer, hidden_states: torch.Tensor) -> _Pass:
+        current: _Pass | None = getattr(self._local, "current", None)
+        if current is None or current.next_index != layer.index:
+            expected = "the first layer" if current is None else self.layers[current.next_index - self.first].name
+            raise ReversibleUsageError(
+                f"{layer.name} was called where {expected} was due: reversible layers run in order, each once "
+                "(layers skipped at random, early exits and calls of single layers are not supported)"
+            )
+        main = current.main
+        # Not `is`: FSDP and others pass tensors through an identity Function of their own.
+        same = (
+            hidden_states.data_ptr() == main.data_ptr()
+            and hidden_states.shape == main.shape
+            and hidden_states.dtype == main.dtype
+            and current.version == _version(hidden_states)
+        )
+        if not same:
+            raise ReversibleUsageError(
+                f"the hidden states that {layer.name} got are not those that the layer before returned: a hook or the "
+                "model's own code changed them between two reversible layers, which the inverse cannot know"
+            )
+        return current
+
+    def _keeps_activations(self, layer: PatchedLayer, kwargs: dict[str, Any]) -> bool:
+        if layer.index >= self.reversible_end:
+            return True
+        if not layer.module.training and any(kwargs.get(name) for name in CACHE_ARGUMENTS):
+            _warn_once(
+                "gradients are recorded in eval mode with a KV cache, which a recompute would fill twice: activations "
+                "are kept. Pass use_cache=False, or call model.train() or torch.no_grad(), whichever you mean."
+            )
+            return True
+        return False
+
+    def _check(self, tape: Tape) -> None:
+        try:
+            tape.check_forward()
+        except StreamOverflowError as error:
+            if self.config.fraction_bits is not None:
+                raise StreamOverflowError(
+                    f"{error} Patch with a smaller fraction_bits than {self.config.fraction_bits}."
+                ) from None
+            self.arithmetic = None
+            self.headroom_bits += 1
+            raise StreamOverflowError(
+                f"{error} fraction_bits will be calibrated anew, with twice the headroom, on the next forward: repeat "
+                "this batch or go on with the next."
+            ) from None
+
+    def _before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self.bypassed:
+            return
+        self.abandon()
+        if self.reversible_end > self.first and torch.is_grad_enabled() and _trains(module):
+            for name in ("output_hidden_states", "output_attentions"):
+                asked = kwargs.get(name)
+                if asked if asked is not None else getattr(getattr(module, "config", None), name, False):
+                    raise ReversibleUsageError(
+                        f"{name} is not available while gradients are recorded: reversible layers keep neither, and what "
+                        f"they returned would have no gradient. Pass {name}=False, run under torch.no_grad(), or patch "
+                        "with engine='autograd'."
+                    )
+        if self.arithmetic is None:
+            self.calibrate(args, kwargs)
+
+    def _after_forward(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        current: _Pass | None = getattr(self._local, "current", None)
+        self.abandon()
+        if current is not None and output is not None:
+            raise ReversibleUsageError(
+                f"the model returned before {self.layers[-1].name}, so the streams were never read out (a smaller "
+                "config.num_hidden_layers, or an early exit)"
+            )
+
+    def reset_calibration(self) -> None:
+        """Have the next forward choose ``fraction_bits`` anew.
+
+        Raises:
+            ReversibleUsageError: it was given by the user.
+        """
+        if self.config.fraction_bits is not None:
+            raise ReversibleUsageError(
+                f"fraction_bits={self.config.fraction_bits} was given to patch, there is nothing to calibrate"
+            )
+        if self.config.arithmetic == "exact":
+            self.arithmetic = None
+
+    def set_fraction_bits(self, fraction_bits: int) -> None:
+        """Use these, calibrated elsewhere."""
+        self.arithmetic = Arithmetic(fraction_bits, self.config.impl)
+
+    def calibrate(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Choose ``fraction_bits`` from one forward of the owner in float32 streams, which leaves no trace.
+
+        Raises:
+            NonFiniteError: the model gives NaN or infinities on these inputs; names the layer.
+        """
+        kwargs = {name: copy.deepcopy(value) if name in CACHE_ARGUMENTS else value for name, value in kwargs.items()}
+        probe = Probe(impl=self.config.impl)
+        before, self.arithmetic = self.arithmetic, probe
+        try:
+            with torch.no_grad(), seeded(0, next(self.owner.parameters()).device):
+                self.owner.forward(*args, **kwargs)
+        finally:
+            self.arithmetic = before
+            self.abandon()
+        self.arithmetic = Arithmetic(probe.fraction_bits_for(self.headroom_bits, self.name), self.config.impl)
+
+
+def _version(tensor: torch.Tensor) -> int | None:
+    return None if tensor.is_inference() else tensor._version
+
+
+def _trains(module: nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in module.parameters())
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    logger.warning(message)

@@ -1,0 +1,135 @@
+"""The tape: the two streams of one forward pass, outside of autograd, and the checks on them."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+
+from . import ops
+from .arithmetic import Arithmetic
+from .errors import NonFiniteError, NotRepeatableError, StreamOverflowError
+from .replay import AutocastState
+from .variants import Plan
+
+
+class Observer(Protocol):
+    """Sees both streams at every layer's input, in forward and again when backward has rebuilt them."""
+
+    def forward(self, index: int, x1: torch.Tensor, x2: torch.Tensor) -> None: ...
+
+    def rebuilt(self, index: int, x1: torch.Tensor, x2: torch.Tensor) -> None: ...
+
+    def saved(self, index: int, nbytes: int) -> None: ...
+
+
+@dataclass
+class Tape:
+    """The two streams of one forward pass, and what its backward must hold them against."""
+
+    arithmetic: Arithmetic
+    plan: Plan
+    dtype: torch.dtype
+    """Dtype of the hidden states."""
+    seed: int | None
+    autocast: AutocastState
+    x1: torch.Tensor
+    x2: torch.Tensor
+    checksums: tuple[torch.Tensor, torch.Tensor]
+    """Of x1 and x2 as they are now; order-free integer sums."""
+    position: int
+    """Index of the layer whose input the streams are; -1 once the tape cannot be used any more."""
+    observer: Observer | None = None
+    statuses: list[tuple[str, torch.Tensor]] = field(default_factory=list)
+    """For every lane moved so far: where, and the status that the coupling reported."""
+    comparisons: list[tuple[str, torch.Tensor]] = field(default_factory=list)
+    """For every lane undone so far: where, and whether the rebuilt stream's checksum is the forward's."""
+    first_recorded: int | None = None
+    """The lowest layer that backward will reach."""
+
+    @classmethod
+    def start(
+        cls,
+        hidden_states: torch.Tensor,
+        *,
+        arithmetic: Arithmetic,
+        plan: Plan,
+        seed: int | None,
+        position: int,
+        observer: Observer | None,
+    ) -> Tape:
+        """Both streams set to the hidden states that enter the stack."""
+        with torch.no_grad():
+            x1, status = arithmetic.enter(hidden_states)
+            checksum = arithmetic.checksum(x1)
+            tape = cls(
+                arithmetic,
+                plan,
+                hidden_states.dtype,
+                seed,
+                AutocastState.capture(hidden_states.device),
+                x1,
+                x1.clone(),
+                (checksum, checksum),
+                position,
+                observer,
+            )
+        tape.statuses.append(("the hidden states that enter the reversible layers", status))
+        return tape
+
+    def fork(self) -> Tape:
+        """The same streams for layers above the reversible ones, which must leave this tape's as they are."""
+        return copy.copy(self)
+
+    def read_out(self) -> torch.Tensor:
+        """The hidden states that leave the stack."""
+        weights = [(w, x) for w, x in zip(self.plan.readout, (self.x1, self.x2), strict=True) if w]
+        wide = torch.float64 if self.dtype == torch.float64 else torch.float32
+        with torch.no_grad():
+            if len(weights) == 1:
+                return self.arithmetic.value(weights[0][1], self.dtype)
+            (w1, x1), (w2, x2) = weights
+            mixed = self.arithmetic.value(x1, wide).mul_(w1).add_(self.arithmetic.value(x2, wide), alpha=w2)
+            return mixed.to(self.dtype)
+
+    def check_forward(self) -> None:
+        """Raise if any stream overflowed or met a NaN: one transfer from the device for the whole stack.
+
+        Raises:
+            NonFiniteError, StreamOverflowError: naming the first layer concerned.
+        """
+        flags = torch.stack([status for _, status in self.statuses]).tolist()
+        for (where, _), status in zip(self.statuses, flags, strict=True):
+            if status & ops.NON_FINITE:
+                raise NonFiniteError(
+                    f"NaN or infinity in {where}. Common causes: a learning rate too high, float16 activations past "
+                    "65504, damaged weights. The forward was abandoned before any gradient was computed."
+                )
+            if status & ops.OVERFLOW:
+                raise StreamOverflowError(
+                    f"a stream left its fixed-point range (|value| < 2^{30 - (self.arithmetic.fraction_bits or 0)} at "
+                    f"fraction_bits={self.arithmetic.fraction_bits}) in {where}. The forward was abandoned before any "
+                    "gradient was computed; weights are untouched."
+                )
+
+    def check_rebuilt(self) -> None:
+        """Raise if any stream came back different: one transfer from the device for the whole backward.
+
+        Raises:
+            NotRepeatableError: naming the first layer, in the order of backward, that did not repeat.
+        """
+        if self.arithmetic.fraction_bits is None or not self.comparisons:
+            return
+        same = torch.stack([equal for _, equal in self.comparisons]).tolist()
+        for (where, _), equal in zip(self.comparisons, same, strict=True):
+            if not equal:
+                raise NotRepeatableError(
+                    f"{where} did not compute the same bits in backward as in forward, so the rebuilt inputs below it "
+                    "are wrong. The gradients of this step are invalid: drop them (optimizer.zero_grad()). Likely causes: "
+                    "a nondeterministic kernel (try torch.use_deterministic_algorithms(True)); a context that was on in "
+                    "forward only (sdpa_kernel, TF32 flags, torch.set_num_threads); random numbers from a generator of "
+                    "its own; weights, masks or buffers changed in place between forward and backward; a module that "
+                    "keeps state between calls. meft_kernels.verify(model, batch) tells whether it persists."
+                )

@@ -1,0 +1,262 @@
+"""Is my model exact, and what does it save: checked on the user's own model and batch."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from .config import Engine
+from .errors import ReversibleUsageError
+from .patching import PatchState, require_state, unwrap
+from .replay import seeded
+
+Batch = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """What :func:`verify` found; ``str()`` gives a table."""
+
+    bit_exact: bool
+    """Every reversible layer's rebuilt input equals the forward's, bit for bit."""
+    first_mismatch: str | None
+    """The first layer, in the order of backward, whose input came back different."""
+    gradient_error: float
+    """||g - g_ref|| / ||g_ref|| over all trainable parameters, g_ref from ``engine="autograd"``."""
+    worst_gradient: tuple[str, float]
+    """The parameter whose gradient is furthest off, and its error relative to its own norm."""
+    saved_bytes_per_layer: float
+    """Bytes that a reversible layer keeps between forward and backward for this batch, on average."""
+    saved_bytes_per_element: float
+    """The same per element of the hidden states."""
+    start_loss: float | None
+    """Loss of the patched model in eval mode, adapters as they are now; None if the batch has no labels."""
+    base_loss: float | None
+    """Loss of the same model with adapters and coupling out of the way."""
+    layers: int
+    """Reversible layers that were checked."""
+    fraction_bits: tuple[int | None, ...]
+    """k of every stack; None for float streams."""
+    repeats: bool
+    """The forward gave the same loss in both engines, to the last bit."""
+
+    def __str__(self) -> str:
+        rows = [
+            ("bit exact", f"{self.bit_exact}" + (f", first at {self.first_mismatch}" if self.first_mismatch else "")),
+            ("layers checked", str(self.layers)),
+            ("same loss in both engines", str(self.repeats)),
+            ("gradient error", f"{self.gradient_error:.2e}"),
+            ("worst gradient", f"{self.worst_gradient[1]:.2e} {self.worst_gradient[0]}"),
+            (
+                "saved bytes per layer",
+                f"{self.saved_bytes_per_layer:,.0f} ({self.saved_bytes_per_element:.3f} per element)",
+            ),
+            ("fraction bits", ", ".join("float" if bits is None else str(bits) for bits in self.fraction_bits)),
+        ]
+        if self.start_loss is not None and self.base_loss is not None:
+            rows.append(("loss patched / pretrained", f"{self.start_loss:.4f} / {self.base_loss:.4f}"))
+        width = max(len(label) for label, _ in rows)
+        return "\n".join(f"{label:<{width}}  {text}" for label, text in rows)
+
+
+@dataclass
+class _Recorder:
+    """Keeps both streams at every layer's input, on the CPU, and compares what backward rebuilds."""
+
+    inputs: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+    equal: dict[int, bool] = field(default_factory=dict)
+    nbytes: list[int] = field(default_factory=list)
+    elements: int = 0
+
+    def forward(self, index: int, x1: torch.Tensor, x2: torch.Tensor) -> None:
+        self.inputs[index] = (x1.to("cpu", copy=True), x2.to("cpu", copy=True))
+        self.elements = x1.numel()
+
+    def rebuilt(self, index: int, x1: torch.Tensor, x2: torch.Tensor) -> None:
+        before = self.inputs.pop(index)
+        self.equal[index] = all(torch.equal(now.cpu(), then) for now, then in zip((x1, x2), before, strict=True))
+
+    def saved(self, index: int, nbytes: int) -> None:
+        self.nbytes.append(nbytes)
+
+
+def calibrate(model: nn.Module, batch: Batch) -> tuple[int | None, ...]:
+    """Choose ``fraction_bits`` from this batch, as the first training batch would; weights and gradients stay untouched.
+
+    Args:
+        model: a patched model.
+        batch: keyword arguments of its forward, on its device.
+
+    Returns:
+        The bits chosen for every stack of layers; None for float streams.
+
+    Raises:
+        PatchError: the model is not patched.
+        ReversibleUsageError: ``fraction_bits`` was given to ``patch``.
+    """
+    state = require_state(model)
+    for stack in state.stacks:
+        stack.reset_calibration()
+    with torch.no_grad():
+        unwrap(model)(**batch)
+    return fraction_bits_of(state)
+
+
+def fraction_bits_of(state: PatchState) -> tuple[int | None, ...]:
+    """K of every stack, None where streams are float or not calibrated yet."""
+    return tuple(stack.arithmetic.fraction_bits if stack.arithmetic is not None else None for stack in state.stacks)
+
+
+def verify(model: nn.Module, batch: Batch) -> VerifyReport:
+    """Run one batch both ways and hold every layer's rebuilt input and every gradient against the reference.
+
+    Uses the model in its present mode (call ``model.train()`` to have dropout live), restores gradients, random state and
+    mode, and needs memory for the activations of one plain autograd pass: take a small batch.
+
+    Args:
+        model: a patched model.
+        batch: keyword arguments of its forward, on its device. With labels the loss is the model's own, without it is the
+            mean square of the first output.
+
+    Returns:
+        A report; nothing is raised for a model that is not exact.
+
+    Raises:
+        PatchError: the model is not patched.
+        NonFiniteError, StreamOverflowError: the streams cannot hold this batch.
+    """
+    state = require_state(model)
+    base = unwrap(model)
+    if not any(parameter.requires_grad for parameter in base.parameters()):
+        raise ReversibleUsageError("nothing in this model is trainable, so there are no gradients to verify")
+    if "use_cache" in inspect.signature(base.forward).parameters:
+        batch = {"use_cache": False, **batch}
+    with _left_as_it_was(base):
+        start_loss, base_loss = _losses(base, batch, state)
+        with _observed(state) as recorders:
+            loss, gradients = _gradients(base, batch)
+        with _engine(state, "autograd"):
+            reference_loss, reference = _gradients(base, batch)
+    mismatches = [
+        stack.layers[index - stack.first].name
+        for stack, recorder in zip(state.stacks, recorders, strict=True)
+        for index, equal in recorder.equal.items()
+        if not equal
+    ]
+    checked = sum(len(recorder.equal) for recorder in recorders)
+    sizes = [nbytes for recorder in recorders for nbytes in recorder.nbytes]
+    mean_size = sum(sizes) / max(1, len(sizes))
+    error, worst = _gradient_errors(gradients, reference)
+    return VerifyReport(
+        bit_exact=checked > 0 and not mismatches,
+        first_mismatch=mismatches[0] if mismatches else None,
+        gradient_error=error,
+        worst_gradient=worst,
+        saved_bytes_per_layer=mean_size,
+        saved_bytes_per_element=mean_size / max(1, recorders[0].elements),
+        start_loss=start_loss,
+        base_loss=base_loss,
+        layers=checked,
+        fraction_bits=fraction_bits_of(state),
+        repeats=loss == reference_loss,
+    )
+
+
+@contextmanager
+def _left_as_it_was(model: nn.Module) -> Iterator[None]:
+    """Put gradients, random state and train or eval mode back afterwards."""
+    gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        with seeded(0, next(model.parameters()).device):
+            yield
+    finally:
+        for parameter, gradient in gradients:
+            parameter.grad = gradient
+        for module, training in modes:
+            module.training = training
+
+
+@contextmanager
+def _observed(state: PatchState) -> Iterator[list[_Recorder]]:
+    recorders = [_Recorder() for _ in state.stacks]
+    for stack, recorder in zip(state.stacks, recorders, strict=True):
+        stack.observer = recorder
+    try:
+        yield recorders
+    finally:
+        for stack in state.stacks:
+            stack.observer = None
+
+
+@contextmanager
+def _engine(state: PatchState, engine: Engine) -> Iterator[None]:
+    before = [stack.engine for stack in state.stacks]
+    for stack in state.stacks:
+        stack.engine = engine
+    try:
+        yield
+    finally:
+        for stack, was in zip(state.stacks, before, strict=True):
+            stack.engine = was
+
+
+def _losses(model: nn.Module, batch: Batch, state: PatchState) -> tuple[float | None, float | None]:
+    """Loss in eval mode as patched, and as pretrained; restores train mode."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    with torch.no_grad(), ExitStack() as bypasses:
+        patched = getattr(model(**batch), "loss", None)
+        for stack in state.stacks:
+            bypasses.enter_context(stack.bypass())
+        pretrained = getattr(model(**batch), "loss", None)
+    for module, training in modes:
+        module.training = training
+    return _number(patched), _number(pretrained)
+
+
+def _number(loss: torch.Tensor | None) -> float | None:
+    return None if loss is None else float(loss)
+
+
+def _gradients(model: nn.Module, batch: Batch) -> tuple[float, dict[str, torch.Tensor]]:
+    """Loss and the gradient of every trainable parameter, under the same random numbers each time."""
+    trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    for parameter in trainable.values():
+        parameter.grad = None
+    with seeded(0, next(model.parameters()).device):
+        output = model(**batch)
+        loss = getattr(output, "loss", None)
+        if loss is None:
+            loss = output[0].float().square().mean()
+        loss.backward()
+    gradients = {name: parameter.grad for name, parameter in trainable.items() if parameter.grad is not None}
+    for parameter in trainable.values():
+        parameter.grad = None
+    return float(loss.detach()), gradients
+
+
+def _gradient_errors(
+    gradients: dict[str, torch.Tensor], reference: dict[str, torch.Tensor]
+) -> tuple[float, tuple[str, float]]:
+    """Relative error over everything, and of the parameter that is furthest off; inf if one has no gradient at all."""
+    if gradients.keys() != reference.keys():
+        odd = min(gradients.keys() ^ reference.keys())
+        return math.inf, (odd, math.inf)
+    squares = norms = 0.0
+    worst = ("", 0.0)
+    for name, expected in reference.items():
+        off = float((gradients[name].double() - expected.double()).square().sum())
+        norm = float(expected.double().square().sum())
+        squares, norms = squares + off, norms + norm
+        relative = math.sqrt(off / norm) if norm else (math.inf if off else 0.0)
+        if not relative <= worst[1]:  # NaN counts as worst
+            worst = (name, relative)
+    return (math.sqrt(squares / norms) if norms else (math.inf if squares else 0.0)), worst
