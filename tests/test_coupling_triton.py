@@ -1,4 +1,4 @@
-"""Runs ``isolated/check_coupling.py`` in its own processes: under Triton's interpreter, and on a GPU if there is one."""
+"""Runs ``isolated/check_coupling.py`` in its own processes: under Triton's interpreter, and on a GPU if any."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def run_checks(checks: Path, report: Path, *, interpret: bool, least: int = 100)
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     if interpret:
         environment["TRITON_INTERPRET"] = "1"
-    # `addopts=` drops what the project adds (coverage, parallel runs). The interpreter runs on numpy, which warns where a
-    # GPU silently gives inf or NaN.
+    # `addopts=` drops what the project adds (coverage, parallel runs). The interpreter runs on numpy, which warns where
+    # a GPU silently gives inf or NaN.
     command = [sys.executable, "-m", "pytest", str(checks), "-q", "-o", "addopts=", "-p", "no:cacheprovider",
                "-W", "ignore::RuntimeWarning", f"--junitxml={report}"]  # fmt: skip
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900, check=False)
