@@ -40,11 +40,12 @@ class PatchedLayer:
         self.adapter = adapter
         self.tap = tap
         self._instance_forward = vars(module).get("forward")  # another library's, bound before ours
+        # The class's own names: an instance's forward may be somebody's `(*args, **kwargs)`.
         self._parameters = [
             parameter.name
-            for parameter in inspect.signature(self.original).parameters.values()
+            for parameter in inspect.signature(type(module).forward).parameters.values()
             if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)
-        ]
+        ][1:]
         self._extras: list[Any] | None = None
 
     @property

@@ -1,0 +1,231 @@
+"""patch, unpatch, describe, and what they leave behind."""
+
+from __future__ import annotations
+
+import logging
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    BertForMultipleChoice,
+    BertForNextSentencePrediction,
+    BertForPreTraining,
+    BertForQuestionAnswering,
+    BertForSequenceClassification,
+    BertForTokenClassification,
+    BertLMHeadModel,
+    BertModel,
+    LlamaForCausalLM,
+    LlamaForQuestionAnswering,
+    LlamaForSequenceClassification,
+    LlamaForTokenClassification,
+    LlamaModel,
+)
+
+import meft_kernels
+from meft_kernels.architectures import find_architecture
+from meft_kernels.describe import describe
+from meft_kernels.patching import require_state, unwrap
+
+from .models import FAMILIES, TRAINABLE_START, VARIANTS, tiny_batch, tiny_bert, tiny_llama, train_step
+
+HEADS = [
+    BertModel, BertForPreTraining, BertLMHeadModel, BertForMaskedLM, BertForNextSentencePrediction,
+    BertForSequenceClassification, BertForMultipleChoice, BertForTokenClassification, BertForQuestionAnswering,
+    LlamaModel, LlamaForCausalLM, LlamaForSequenceClassification, LlamaForQuestionAnswering, LlamaForTokenClassification,
+]  # fmt: skip
+# What of each model trains besides the adapters: heads that pretraining did not make.
+NEW_HEADS = {
+    BertForSequenceClassification: {"classifier"},
+    BertForMultipleChoice: {"classifier"},
+    BertForTokenClassification: {"classifier"},
+    BertForQuestionAnswering: {"qa_outputs"},
+    BertForNextSentencePrediction: {"cls"},
+    LlamaForSequenceClassification: {"score"},
+    LlamaForQuestionAnswering: {"qa_outputs"},
+    LlamaForTokenClassification: {"score"},
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("head", HEADS, ids=lambda head: head.__name__)
+def test_every_task_head(head: type[nn.Module], variant: str) -> None:
+    config: Any = tiny_llama().config if head.__name__.startswith("Llama") else BertConfig(
+        vocab_size=97, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = meft_kernels.patch(head(config), variant=variant, **TRAINABLE_START)
+    trained = {name.split(".")[0] for name, p in model.named_parameters() if p.requires_grad and ".meft." not in name}
+    assert trained == NEW_HEADS.get(head, set())
+    ids = torch.randint(1, 97, (2, 3, 5) if head is BertForMultipleChoice else (2, 5))
+    output = model.train()(input_ids=ids)
+    sum(value.float().square().mean() for value in output.to_tuple() if isinstance(value, torch.Tensor)).backward()
+    adapters = [p for name, p in model.named_parameters() if ".meft." in name]
+    assert adapters
+    assert all(p.grad is not None for p in adapters)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_unpatch_leaves_nothing(family: str, variant: str) -> None:
+    model = FAMILIES[family]()
+    next(model.parameters()).requires_grad_(False)  # a user's own choice comes back too
+    batch = tiny_batch(model)
+    with torch.no_grad():
+        before = model(**batch).logits
+    keys = list(model.state_dict())
+    required = [p.requires_grad for p in model.parameters()]
+    attributes = [sorted(vars(module)) for module in model.modules()]
+    hooks = [(len(m._forward_hooks), len(m._forward_pre_hooks), len(m._backward_hooks)) for m in model.modules()]
+    meft_kernels.patch(model, variant=variant, **TRAINABLE_START)
+    if family == "llama":  # no head of its own to be trained
+        train_step(model.train(), batch)
+    model.eval()
+    assert meft_kernels.unpatch(model) is model
+    with torch.no_grad():
+        assert torch.equal(model(**batch).logits, before)
+    assert list(model.state_dict()) == keys
+    assert [p.requires_grad for p in model.parameters()] == required
+    assert [sorted(vars(module)) for module in model.modules()] == attributes
+    assert [(len(m._forward_hooks), len(m._forward_pre_hooks), len(m._backward_hooks)) for m in model.modules()] == hooks
+
+
+def test_a_forward_bound_by_others_survives() -> None:
+    model = tiny_llama()
+    layer = model.model.layers[0]
+    original, calls = layer.forward, []
+
+    def counted(*args: Any, **kwargs: Any) -> torch.Tensor:
+        calls.append(1)
+        return original(*args, **kwargs)
+
+    layer.forward = counted
+    meft_kernels.patch(model, fraction_bits=16, **TRAINABLE_START).train()
+    model(**tiny_batch(model)).loss.backward()
+    assert len(calls) == 2  # forward and recompute
+    meft_kernels.unpatch(model)
+    assert layer.forward is counted
+
+
+def test_one_line_is_logged_and_nothing_printed(
+    caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with caplog.at_level(logging.INFO, logger="meft_kernels"):
+        meft_kernels.patch(tiny_bert())
+    assert [record.levelname for record in caplog.records] == ["INFO"]
+    assert "meft1, exact arithmetic, centered coupling, 3 reversible layers" in caplog.text
+    assert capsys.readouterr() == ("", "")
+
+
+def test_print_trainable_parameters(capsys: pytest.CaptureFixture[str]) -> None:
+    model = meft_kernels.patch(tiny_llama(), rank=4)
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert trainable == 3 * 2 * (64 * 4 + 4 + 4 * 64 + 64)
+    total = sum(p.numel() for p in model.parameters())
+    meft_kernels.print_trainable_parameters(model)
+    expected = f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {100 * trainable / total:.4f}\n"
+    assert capsys.readouterr().out == expected
+
+
+@pytest.mark.parametrize(
+    ("settings", "bits"),
+    [
+        ({}, 3),
+        ({"variant": "meft3"}, 6),
+        ({"lam": 0.1}, 4),
+        ({"lam": 1.0}, 0),
+        ({"arithmetic": "float"}, 0),
+    ],
+)
+def test_describe(settings: dict[str, Any], bits: int) -> None:
+    model = meft_kernels.patch(tiny_llama(), **settings)
+    description = describe(model)
+    (stack,) = description.stacks
+    assert (stack.layers, stack.reversible_layers, stack.bits_per_element) == (3, 3, bits)
+    assert stack.bytes_per_token_and_layer == 64 * bits / 8
+    assert stack.bytes_per_token == 3 * 64 * bits / 8 + 2 * 64 * 4
+    assert description.trainable_parameters == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    text = str(description)
+    assert all(word in text for word in ("LlamaForCausalLM", description.variant, "model.layers", "bytes per token"))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_blocks_make_up_the_layer(family: str) -> None:
+    """attention_block then mlp_block is the layer itself, bit for bit: catches a family file gone stale."""
+    model = FAMILIES[family]()
+    spec = find_architecture(model.config.model_type)
+    layer = next(module for module in model.modules() if type(module).__name__ == spec.layer_class)
+    seen: dict[str, Any] = {}
+
+    def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: torch.Tensor) -> None:
+        seen.update(args=args, kwargs=kwargs, output=output)
+
+    layer.register_forward_hook(keep, with_kwargs=True)
+    with torch.no_grad():
+        model(**tiny_batch(model))
+        names = ["hidden_states", "attention_mask", "encoder_hidden_states"]
+        call = {**dict(zip(names, seen["args"], strict=False)), **seen["kwargs"], "past_key_values": None}
+        hidden_states = call.pop("hidden_states")
+        rebuilt = spec.mlp_block(layer, spec.attention_block(layer, hidden_states, **call), **call)
+    assert torch.equal(rebuilt, seen["output"])
+
+
+def test_adapters_are_float32_beside_a_bfloat16_model() -> None:
+    model = meft_kernels.patch(tiny_llama().bfloat16())
+    assert {p.dtype for name, p in model.named_parameters() if ".meft." in name} == {torch.float32}
+    narrow = meft_kernels.patch(tiny_llama().bfloat16(), adapter_dtype="model")
+    assert {p.dtype for name, p in narrow.named_parameters() if ".meft." in name} == {torch.bfloat16}
+
+
+def test_pickled_model() -> None:
+    model = meft_kernels.patch(tiny_bert(), **TRAINABLE_START)
+    batch = tiny_batch(model)
+    logits = model(**batch).logits
+    again = pickle.loads(pickle.dumps(model))
+    assert torch.equal(again(**batch).logits, logits)
+    meft_kernels.unpatch(again)
+    assert require_state(model)
+
+
+def test_wrappers_are_looked_through() -> None:
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(tiny_llama(), peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    assert unwrap(model) is model.base_model.model
+    assert meft_kernels.patch(model, adapters="none") is model
+    assert meft_kernels.unpatch(model) is model
+
+
+def test_adapters_none_leaves_trainability_alone() -> None:
+    model = tiny_llama()
+    meft_kernels.patch(model, adapters="none")
+    assert all(p.requires_grad for p in model.parameters())
+    assert not any(".meft." in name for name in model.state_dict())
+
+
+def test_a_family_can_be_registered_from_outside() -> None:
+    from meft_kernels.architectures import registry
+
+    llama = find_architecture("llama")
+    spec = meft_kernels.ArchitectureSpec(
+        model_types=("llama-of-mine",),
+        layer_class=llama.layer_class,
+        attention_block=llama.attention_block,
+        mlp_block=llama.mlp_block,
+        ffn_reads=llama.ffn_reads,
+        ffn_writes=llama.ffn_writes,
+        activation=llama.activation,
+        dropout=llama.dropout,
+    )
+    try:
+        meft_kernels.register_architecture(spec)
+        assert "llama-of-mine" in meft_kernels.supported_model_types()
+        model = tiny_llama()
+        model.config.model_type = "llama-of-mine"
+        meft_kernels.patch(model)
+    finally:
+        registry._SPECS.pop("llama-of-mine")

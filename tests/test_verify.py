@@ -1,0 +1,135 @@
+"""verify() and calibrate(): the report is true, and the model is left as it was."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+import meft_kernels
+from meft_kernels import ReversibleUsageError
+from meft_kernels.calibration import Probe
+from meft_kernels.patching import require_state
+
+from .models import FAMILIES, TRAINABLE_START, VARIANTS, tiny_batch, tiny_bert, tiny_llama
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_report(family: str, variant: str) -> None:
+    model = meft_kernels.patch(FAMILIES[family](), variant=variant, **TRAINABLE_START).train()
+    batch = tiny_batch(model, rows=4, tokens=8)
+    report = meft_kernels.verify(model, batch)
+    assert report.bit_exact
+    assert report.first_mismatch is None
+    assert report.repeats
+    assert report.layers == 3
+    assert report.gradient_error <= 1e-5
+    bits = 6 if variant == "meft3" else 3
+    assert report.saved_bytes_per_layer == 4 * 8 * 64 * bits / 8 + 16  # and two checksums
+    assert report.start_loss == pytest.approx(report.base_loss, abs=0.5)
+    assert "bit exact" in str(report)
+
+
+def test_base_loss_is_that_of_the_unpatched_model() -> None:
+    model = tiny_llama()
+    batch = tiny_batch(model)
+    with torch.no_grad():
+        expected = model(**batch).loss.item()
+    report = meft_kernels.verify(meft_kernels.patch(model, **TRAINABLE_START), batch)
+    assert report.base_loss == expected
+    assert report.start_loss != expected
+
+
+def test_float_arithmetic_is_reported_as_not_exact() -> None:
+    model = meft_kernels.patch(tiny_llama(layers=6), meft_kernels.MeftConfig.paper("meft3")).train()
+    report = meft_kernels.verify(model, tiny_batch(model))
+    assert not report.bit_exact
+    assert report.first_mismatch is not None
+    assert report.gradient_error > 1e-5
+    assert report.fraction_bits == (None,)
+
+
+def test_without_labels() -> None:
+    model = meft_kernels.patch(tiny_bert().bert, **TRAINABLE_START)
+    report = meft_kernels.verify(model, {"input_ids": tiny_batch(model)["input_ids"]})
+    assert report.bit_exact
+    assert report.start_loss is None
+
+
+def test_model_is_left_as_it_was() -> None:
+    model = meft_kernels.patch(tiny_bert(), **TRAINABLE_START).train()
+    model.bert.encoder.layer[1].eval()
+    batch = tiny_batch(model)
+    model(**batch).loss.backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    state = torch.random.get_rng_state()
+    meft_kernels.verify(model, batch)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert all(torch.equal(dict(model.named_parameters())[name].grad, g) for name, g in gradients.items())
+    assert model.training
+    assert not model.bert.encoder.layer[1].training
+    assert require_state(model).stacks[0].observer is None
+    assert require_state(model).stacks[0].engine == "reversible"
+
+
+def test_nothing_trainable() -> None:
+    model = meft_kernels.patch(tiny_llama().requires_grad_(False), adapters="none")
+    with pytest.raises(ReversibleUsageError, match="nothing in this model is trainable"):
+        meft_kernels.verify(model, tiny_batch(model))
+
+
+def test_calibration_leaves_headroom_and_no_trace() -> None:
+    model = meft_kernels.patch(tiny_llama(), **TRAINABLE_START)
+    batch = tiny_batch(model)
+    state = torch.random.get_rng_state()
+    (bits,) = meft_kernels.calibrate(model, batch)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    (stack,) = require_state(model).stacks
+    seen = []
+
+    class Largest:
+        def forward(self, index: int, x1: torch.Tensor, x2: torch.Tensor) -> None:
+            seen.append(max(float(x1.abs().max()), float(x2.abs().max())))
+
+    stack.observer = Largest()
+    with torch.no_grad():
+        model(**batch)
+    assert 4 * max(seen) <= 2**30
+    assert bits == 22 or 16 * max(seen) > 2**30  # and not finer than need be
+    assert meft_kernels.calibrate(model, batch) == (bits,)
+
+
+@pytest.mark.parametrize(("largest", "bits"), [(25306.0, 13), (16384.0, 14), (1.0, 22), (1e12, 0)])
+def test_fraction_bits(largest: float, bits: int) -> None:
+    probe = Probe()
+    probe.enter(torch.tensor([largest, largest / 2]))
+    assert probe.fraction_bits_for(2, "layers") == bits
+    if bits:
+        assert largest * 2**bits * 4 <= 2**30
+
+
+def test_coarse_resolution_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    probe = Probe()
+    probe.enter(torch.tensor([1e6, 1e6]))
+    probe.enter(torch.tensor([1e-3, 1e-3]))
+    probe.fraction_bits_for(2, "layers")
+    assert "the start loss may move" in caplog.text
+
+
+def test_calibrating_what_was_given() -> None:
+    model = meft_kernels.patch(tiny_llama(), fraction_bits=12)
+    with pytest.raises(ReversibleUsageError, match="fraction_bits=12 was given"):
+        meft_kernels.calibrate(model, tiny_batch(model))
+    assert math.isfinite(model(**tiny_batch(model)).loss)
+
+
+def test_calibration_with_a_cache_does_not_fill_it() -> None:
+    from transformers import DynamicCache
+
+    model = meft_kernels.patch(tiny_llama(), **TRAINABLE_START)
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(input_ids=torch.tensor([[1, 2, 3]]), past_key_values=cache, use_cache=True)
+    assert cache.get_seq_length() == 3
