@@ -1,4 +1,4 @@
-"""What people would use instead, each made ready on a copy of the same model; and real models and batches to try them on."""
+"""What people would use instead, each on a copy of the same model; and real models and batches to try them on."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def meft(model: nn.Module, **settings: Any) -> nn.Module:
     return meft_kernels.patch(copy.deepcopy(model), **settings)
 
 
-def lora(model: nn.Module) -> nn.Module:
+def lora(model: nn.Module) -> Any:
     """PEFT LoRA, r = 16 in every linear layer: trains few parameters and keeps every activation."""
     from peft import LoraConfig, get_peft_model
 

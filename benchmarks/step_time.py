@@ -2,8 +2,8 @@
 
     python -m benchmarks.step_time --model smollm2 --rows 4 --tokens 256 --rounds 7
 
-All rivals are built first and take turns, one step each a round, so that a machine whose speed drifts treats them alike.
-Printed are medians, and the median over rounds of each rival's ratio to ours *within* a round.
+All rivals are built first and take turns, one step each a round, so that a machine whose speed drifts treats them
+alike. Printed are medians, and the median over rounds of each rival's ratio to ours *within* a round.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Exact and float streams behind one interface.
 
-A stream is a tensor of the hidden states' shape. The engine never asks which arithmetic it has: ``enter`` makes a stream
-from hidden states, ``value`` gives hidden states back, ``couple`` and ``uncouple`` move one lane.
+A stream is a tensor of the hidden states' shape. The engine never asks which arithmetic it has: ``enter`` makes a
+stream from hidden states, ``value`` gives hidden states back, ``couple`` and ``uncouple`` move one lane.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ from .ops.coupling.api import Impl
 class Arithmetic:
     """How streams are held and moved.
 
-    With ``fraction_bits`` streams are int32 fixed point and rebuilt bit for bit at any depth. Without, they are floating
-    point in the hidden states' own dtype: the paper's arithmetic, whose inverse amplifies rounding by 1/lambda a layer.
+    With ``fraction_bits`` streams are int32 fixed point and rebuilt bit for bit at any depth. Without, they are
+    floating point in the hidden states' own dtype: the paper's arithmetic, whose inverse amplifies rounding by 1/lambda
+    a layer.
     """
 
     fraction_bits: int | None

@@ -64,8 +64,8 @@ class Probe(Arithmetic):
         noise = 2.0**-bits / math.sqrt(12)
         if rms and noise > _COARSE * rms:
             logger.warning(
-                "meft_kernels: streams of %s range from an RMS of %.3g to a largest value of %.3g; fraction_bits=%d resolves "
-                "the smallest to %.1e of its RMS only. Fine-tuning still works, the start loss may move; "
+                "meft_kernels: streams of %s range from an RMS of %.3g to a largest value of %.3g; fraction_bits=%d "
+                "resolves the smallest to %.1e of its RMS only. Fine-tuning still works, the start loss may move; "
                 "verify(model, batch) shows by how much.",
                 name,
                 rms,

@@ -1,4 +1,4 @@
-"""Adapters on disk: ``adapter_model.safetensors`` and ``adapter_config.json`` in a folder, as PEFT's users know them."""
+"""Adapters on disk: a folder with ``adapter_model.safetensors`` and ``adapter_config.json``, as PEFT has it."""
 
 from __future__ import annotations
 
@@ -115,11 +115,12 @@ def _describe_base(base: Any) -> dict[str, Any]:
 
 
 def _check_base(base: Any, description: dict[str, Any]) -> None:
+    trained_on = description.get("base_model_name_or_path") or "unnamed"
     for name, here in _describe_base(base).items():
         saved = description.get(name)
         if name != "base_model_name_or_path" and saved != here:
             raise AdapterFileError(
-                f"the adapter was trained on another base model ({description.get('base_model_name_or_path') or 'unnamed'}): "
+                f"the adapter was trained on another base model ({trained_on}): "
                 f"its {name} is {saved!r}, this model's {here!r}"
             )
     # Names differ between machines and say little; weights do not lie.
@@ -135,7 +136,7 @@ def _check_base(base: Any, description: dict[str, Any]) -> None:
             off += not abs(here - saved) <= _FINGERPRINT_TOLERANCE * max(abs(here), abs(saved)) + 1e-6
     if off > 0.02 * total:
         raise AdapterFileError(
-            f"the adapter was trained on other base weights ({description.get('base_model_name_or_path') or 'unnamed'}): "
+            f"the adapter was trained on other base weights ({trained_on}): "
             f"{off} of {total} sampled weights differ from this model's"
         )
 
@@ -197,7 +198,7 @@ def _load_weights(base: Any, state: PatchState, folder: Path, description: dict[
         )
     try:
         with safe_open(path, framework="pt") as file:
-            found = {key: file.get_tensor(key) for key in file.keys()}
+            found = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
     except (FileNotFoundError, IsADirectoryError):
         raise AdapterFileError(f"{folder} holds no {WEIGHTS_NAME}") from None
     except (SafetensorError, ValueError, OSError) as error:

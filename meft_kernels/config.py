@@ -118,7 +118,7 @@ class MeftConfig:
 
     @classmethod
     def paper(cls, variant: Variant = "meft1", **overrides: Any) -> MeftConfig:
-        """The paper's settings (sections 3.3 and 4.1): float streams, lambda or beta 0.1, mean read-out, N(0, 0.02^2)."""
+        """The paper's settings (sections 3.3, 4.1): float streams, lambda or beta 0.1, mean read-out, N(0, 0.02^2)."""
         settings: dict[str, Any] = {
             "variant": variant,
             "arithmetic": "float",

@@ -66,7 +66,7 @@ class Description:
                 ),
                 (
                     "  kept per layer",
-                    f"{stack.bytes_per_token_and_layer:,.0f} bytes per token ({stack.bits_per_element} bits per element)",
+                    f"{stack.bytes_per_token_and_layer:,.0f} bytes per token, {stack.bits_per_element} bits an element",
                 ),
                 ("  kept in all", f"{stack.bytes_per_token:,.0f} bytes per token, the two streams included"),
             ]

@@ -112,6 +112,7 @@ class PatchedLayer:
 
 
 def without_cache(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a recompute, which must not append to a KV cache."""
     return {name: value for name, value in kwargs.items() if name not in CACHE_ARGUMENTS}
 
 

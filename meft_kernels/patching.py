@@ -207,8 +207,8 @@ def _check_trainable(model: nn.Module, lists: list[tuple[nn.Module, str, list[nn
     quantizer = getattr(model, "hf_quantizer", None)
     if quantizer is not None and not getattr(quantizer, "is_trainable", True):
         raise UnsupportedModelError(
-            f"the model is quantised by {type(quantizer).__name__}, which gives no gradients: load it with a method that "
-            "trains (bitsandbytes 4-bit, torchao), or dequantised"
+            f"the model is quantised by {type(quantizer).__name__}, which gives no gradients: load it with a method "
+            "that trains (bitsandbytes 4-bit, torchao), or dequantised"
         )
     for _, name, layers in lists:
         tensors = [tensor for layer in layers for tensor in (*layer.parameters(), *layer.buffers())]
@@ -218,8 +218,8 @@ def _check_trainable(model: nn.Module, lists: list[tuple[nn.Module, str, list[nn
             )
         if len(devices := {tensor.device for tensor in tensors}) > 1:
             raise UnsupportedModelError(
-                f"{name} is spread over {', '.join(sorted(map(str, devices)))}; the streams live on one device: load the "
-                "model without device_map, or use data parallelism"
+                f"{name} is spread over {', '.join(sorted(map(str, devices)))}; the streams live on one device: load "
+                "the model without device_map, or use data parallelism"
             )
         if any(getattr(layer, "gradient_checkpointing", False) for layer in layers):
             raise UnsupportedModelError(

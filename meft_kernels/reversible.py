@@ -2,8 +2,8 @@
 
 Streams never pass through autograd: integers carry no gradient. They live on a
 :class:`~meft_kernels.tape.Tape`, are updated in place, and
-the Functions' float outputs are *carriers* of gradient. The main stream's carrier is its copy in the model's dtype, which
-is the ``hidden_states`` that the next layer wants anyway; the other stream's is one zero expanded to full shape.
+the Functions' float outputs are *carriers* of gradient. The main stream's carrier is its copy in the model's dtype,
+which is the ``hidden_states`` that the next layer wants anyway; the other stream's is one zero expanded to full shape.
 """
 
 from __future__ import annotations
@@ -147,8 +147,8 @@ class Step:
     def forward(self, main: torch.Tensor, *, recording: bool) -> torch.Tensor:
         """Move the tape's streams past this layer, in place.
 
-        With ``recording``, branches run with grad enabled although their graph is dropped at once: kernels may be chosen
-        by it, and the recompute in backward needs it.
+        With ``recording``, branches run with grad enabled although their graph is dropped at once: kernels may be
+        chosen by it, and the recompute in backward needs it.
 
         Returns:
             The new main stream as hidden states.
@@ -287,8 +287,8 @@ class Step:
 class Reversible(torch.autograd.Function):
     """One layer that keeps no activations: carriers (other, main) in, carriers (other, main) out.
 
-    Every tensor that needs a gradient is an explicit input, so each gets it exactly once, from autograd: DDP's hooks fire
-    once, gradient accumulation is plain, and the hidden states themselves need not require a gradient.
+    Every tensor that needs a gradient is an explicit input, so each gets it exactly once, from autograd: DDP's hooks
+    fire once, gradient accumulation is plain, and the hidden states themselves need not require a gradient.
     """
 
     @staticmethod

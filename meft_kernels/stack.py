@@ -1,8 +1,8 @@
 """One list of layers made reversible: what each layer's ``forward`` becomes, and the forward passes through it.
 
-Nothing of a model's own forward is copied. Its loop calls the layers one by one as before; each layer's ``forward``, bound
-on the instance, is a :class:`PatchedLayer`. The first one starts a :class:`~meft_kernels.reversible.Tape`, the last one
-reads it out.
+Nothing of a model's own forward is copied. Its loop calls the layers one by one as before; each layer's ``forward``,
+bound on the instance, is a :class:`PatchedLayer`. The first one starts a :class:`~meft_kernels.reversible.Tape`, the
+last one reads it out.
 """
 
 from __future__ import annotations
@@ -227,9 +227,9 @@ class ReversibleStack:
                 asked = kwargs.get(name)
                 if asked if asked is not None else getattr(getattr(module, "config", None), name, False):
                     raise ReversibleUsageError(
-                        f"{name} is not available while gradients are recorded: reversible layers keep neither, and what "
-                        f"they returned would have no gradient. Pass {name}=False, run under torch.no_grad(), or patch "
-                        "with engine='autograd'."
+                        f"{name} is not available while gradients are recorded: reversible layers keep neither, "
+                        f"and what they returned would have no gradient. Pass {name}=False, run under "
+                        f"torch.no_grad(), or patch with engine='autograd'."
                     )
         if self.arithmetic is None:
             self.calibrate(args, kwargs)

@@ -126,10 +126,11 @@ class Tape:
         for (where, _), equal in zip(self.comparisons, same, strict=True):
             if not equal:
                 raise NotRepeatableError(
-                    f"{where} did not compute the same bits in backward as in forward, so the rebuilt inputs below it "
-                    "are wrong. The gradients of this step are invalid: drop them (optimizer.zero_grad()). Likely causes: "
-                    "a nondeterministic kernel (try torch.use_deterministic_algorithms(True)); a context that was on in "
-                    "forward only (sdpa_kernel, TF32 flags, torch.set_num_threads); random numbers from a generator of "
-                    "its own; weights, masks or buffers changed in place between forward and backward; a module that "
-                    "keeps state between calls. meft_kernels.verify(model, batch) tells whether it persists."
+                    f"{where} did not compute the same bits in backward as in forward, so the rebuilt inputs below "
+                    "it are wrong. The gradients of this step are invalid: drop them (optimizer.zero_grad()). "
+                    "Likely causes: a nondeterministic kernel (try torch.use_deterministic_algorithms(True)); a "
+                    "context that was on in forward only (sdpa_kernel, TF32 flags, torch.set_num_threads); random "
+                    "numbers from a generator of its own; weights, masks or buffers changed in place between "
+                    "forward and backward; a module that keeps state between calls. meft_kernels.verify(model, "
+                    "batch) tells whether it persists."
                 )

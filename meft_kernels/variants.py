@@ -68,9 +68,9 @@ def _lane(name: Literal["F", "G"], branch: Branch, coefficient: float, centered:
 def _readout(config: MeftConfig, first: Lane, second: Lane) -> tuple[float, float]:
     if config.readout == "mean":
         return 0.5, 0.5
-    # The state stream is what the pretrained branch wrote last: y1 for meft1 (handed on as x2), y2 for meft2 (as x1) and
-    # for meft3 (as x2). What the next layer's leak would have added comes along: a bare adapter follows a whole layer,
-    # and without it the last adapter's output would be lost.
+    # The state stream is what the pretrained branch wrote last: y1 for meft1 (handed on as x2), y2 for meft2 (as x1)
+    # and for meft3 (as x2). What the next layer's leak would have added comes along: a bare adapter follows a whole
+    # layer, and without it the last adapter's output would be lost.
     if config.variant == "meft3":
         return 0.0, 1.0
     leak = (first if config.variant == "meft1" else second).coefficient

@@ -88,7 +88,7 @@ class _Recorder:
 
 
 def calibrate(model: nn.Module, batch: Batch) -> tuple[int | None, ...]:
-    """Choose ``fraction_bits`` from this batch, as the first training batch would; weights and gradients stay untouched.
+    """Choose ``fraction_bits`` from this batch, as the first training batch would; weights stay untouched.
 
     Args:
         model: a patched model.
@@ -117,12 +117,13 @@ def fraction_bits_of(state: PatchState) -> tuple[int | None, ...]:
 def verify(model: nn.Module, batch: Batch) -> VerifyReport:
     """Run one batch both ways and hold every layer's rebuilt input and every gradient against the reference.
 
-    Uses the model in its present mode (call ``model.train()`` to have dropout live), restores gradients, random state and
-    mode, and needs memory for the activations of one plain autograd pass: take a small batch.
+    Uses the model in its present mode (call ``model.train()`` to have dropout live), restores gradients, random state
+    and mode, and needs memory for the activations of one plain autograd pass: take a small batch.
 
     Args:
         model: a patched model.
-        batch: keyword arguments of its forward, on its device. With labels the loss is the model's own, without it is the
+        batch: keyword arguments of its forward, on its device. With labels the loss is the model's own, without it is
+        the
             mean square of the first output.
 
     Returns:

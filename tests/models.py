@@ -18,7 +18,6 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-import meft_kernels
 from meft_kernels.patching import require_state
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -74,7 +73,9 @@ def tiny_batch(model: nn.Module, rows: int = 2, tokens: int = 7, seed: int = 1) 
     return batch
 
 
-def train_step(model: nn.Module, batch: dict[str, torch.Tensor], seed: int = 2) -> tuple[float, dict[str, torch.Tensor]]:
+def train_step(
+    model: nn.Module, batch: dict[str, torch.Tensor], seed: int = 2
+) -> tuple[float, dict[str, torch.Tensor]]:
     """Loss and gradients of one step under fixed random numbers; clears the gradients again."""
     torch.manual_seed(seed)
     loss = model(**batch).loss
@@ -151,5 +152,3 @@ def minilm_batch(rows: int = 4) -> dict[str, torch.Tensor]:
 def twin(model: nn.Module, other: nn.Module) -> None:
     """Give ``other`` the parameters of ``model``."""
     other.load_state_dict(model.state_dict())
-
-

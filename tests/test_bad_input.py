@@ -131,7 +131,7 @@ def test_gradient_checkpointing_before_and_after() -> None:
     model.gradient_checkpointing_disable()
     meft_kernels.patch(model).train()
     model.gradient_checkpointing_enable()
-    with pytest.raises(ReversibleUsageError, match="gradient checkpointing is on for model.layers.0"):
+    with pytest.raises(ReversibleUsageError, match=r"gradient checkpointing is on for model.layers.0"):
         model(**tiny_batch(model))
 
 
@@ -267,7 +267,9 @@ def test_layer_that_does_not_repeat() -> None:
     model = meft_kernels.patch(tiny_llama(), fraction_bits=16, **TRAINABLE_START).train()
     model.model.layers[1].mlp.down_proj = Forgetful(model.model.layers[1].mlp.down_proj)
     loss = model(**tiny_batch(model)).loss
-    with pytest.raises(NotRepeatableError, match=r"F \(layer\) of model.layers.1 did not compute the same bits.*causes"):
+    with pytest.raises(
+        NotRepeatableError, match=r"F \(layer\) of model.layers.1 did not compute the same bits.*causes"
+    ):
         loss.backward()
     report = meft_kernels.verify(model, tiny_batch(model))
     assert not report.bit_exact

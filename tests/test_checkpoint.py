@@ -124,7 +124,10 @@ DAMAGE = {
     "newer format": (change_config(format_version=2), "format 2"),
     "missing key": (change_tensors(lambda tensors: tensors.pop(KEY)), f"lacks 1 tensors, {KEY}"),
     "unexpected key": (change_tensors(lambda tensors: tensors.update(x=torch.zeros(1))), "1 tensors that .*, x among"),
-    "wrong shape": (change_tensors(lambda tensors: tensors.update({KEY: torch.zeros(64, 9)})), r"\(64, 9\), the model's"),
+    "wrong shape": (
+        change_tensors(lambda tensors: tensors.update({KEY: torch.zeros(64, 9)})),
+        r"\(64, 9\), the model's",
+    ),
     "other model type": (change_config(model_type="roberta"), "model_type is 'roberta'"),
     "other size": (change_config(hidden_size=128), "hidden_size is 128"),
     "other depth": (change_config(num_hidden_layers=12), "num_hidden_layers is 12"),

@@ -84,7 +84,9 @@ def test_half_precision(variant: str, dtype: torch.dtype) -> None:
     errors = {}
     batch = tiny_batch(tiny_llama())
     torch.manual_seed(5)
-    truth_model = meft_kernels.patch(tiny_llama().to(dtype).float(), engine="autograd", variant=variant, **TRAINABLE_START)
+    truth_model = meft_kernels.patch(
+        tiny_llama().to(dtype).float(), engine="autograd", variant=variant, **TRAINABLE_START
+    )
     _, truth = train_step(truth_model, batch)
     for engine in ("reversible", "autograd"):
         torch.manual_seed(5)

@@ -37,7 +37,8 @@ from .models import FAMILIES, TRAINABLE_START, VARIANTS, tiny_batch, tiny_bert, 
 HEADS = [
     BertModel, BertForPreTraining, BertLMHeadModel, BertForMaskedLM, BertForNextSentencePrediction,
     BertForSequenceClassification, BertForMultipleChoice, BertForTokenClassification, BertForQuestionAnswering,
-    LlamaModel, LlamaForCausalLM, LlamaForSequenceClassification, LlamaForQuestionAnswering, LlamaForTokenClassification,
+    LlamaModel, LlamaForCausalLM, LlamaForSequenceClassification, LlamaForQuestionAnswering,
+    LlamaForTokenClassification,
 ]  # fmt: skip
 # What of each model trains besides the adapters: heads that pretraining did not make.
 NEW_HEADS = {
@@ -92,7 +93,9 @@ def test_unpatch_leaves_nothing(family: str, variant: str) -> None:
     assert list(model.state_dict()) == keys
     assert [p.requires_grad for p in model.parameters()] == required
     assert [sorted(vars(module)) for module in model.modules()] == attributes
-    assert [(len(m._forward_hooks), len(m._forward_pre_hooks), len(m._backward_hooks)) for m in model.modules()] == hooks
+    assert [
+        (len(m._forward_hooks), len(m._forward_pre_hooks), len(m._backward_hooks)) for m in model.modules()
+    ] == hooks
 
 
 def test_a_forward_bound_by_others_survives() -> None:
@@ -128,7 +131,9 @@ def test_print_trainable_parameters(capsys: pytest.CaptureFixture[str]) -> None:
     assert trainable == 3 * 2 * (64 * 4 + 4 + 4 * 64 + 64)
     total = sum(p.numel() for p in model.parameters())
     meft_kernels.print_trainable_parameters(model)
-    expected = f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {100 * trainable / total:.4f}\n"
+    expected = (
+        f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {100 * trainable / total:.4f}\n"
+    )
     assert capsys.readouterr().out == expected
 
 

@@ -17,8 +17,8 @@ class ArchitectureSpec:
     """Where the layers of a family are, where attention ends and the MLP begins, and where the FFN adapter taps.
 
     A layer is found by its class *name* inside an ``nn.ModuleList``, so one spec serves the base model, every task head
-    and a model wrapped by PEFT. The layer's ``forward`` takes the hidden states first and returns them, bare or first in
-    a tuple.
+    and a model wrapped by PEFT. The layer's ``forward`` takes the hidden states first and returns them, bare or first
+    in a tuple.
     """
 
     model_types: tuple[str, ...]
@@ -32,8 +32,8 @@ class ArchitectureSpec:
     connection and norms included. ``kwargs`` are the layer call's own, by name."""
 
     mlp_block: Block
-    """``(layer, hidden_states, **kwargs) -> hidden_states``: the rest, so that ``mlp_block(attention_block(x))`` equals the
-    layer bit for bit."""
+    """``(layer, hidden_states, **kwargs) -> hidden_states``: the rest of the layer, so that
+    ``mlp_block(attention_block(x))`` equals it bit for bit."""
 
     ffn_reads: Callable[[Any], nn.Module]
     """The module whose first argument is what the first FFN linear reads."""

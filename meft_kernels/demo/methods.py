@@ -43,10 +43,12 @@ _CAUSAL = Recipe(steps=150, batch_size=8, max_length=128, held_out=512, lr=1e-3,
 
 
 def recipe_for(*, causal: bool) -> Recipe:
+    """The settings for an encoder with a new head, or for a causal language model."""
     return _CAUSAL if causal else _ENCODER
 
 
 def trainable_parameters(model: nn.Module) -> int:
+    """How many parameters will be trained."""
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 

@@ -60,6 +60,7 @@ _ROWS: list[tuple[str, Callable[[list[Outcome]], str]]] = [
 
 
 def by_method(outcomes: list[Outcome]) -> dict[str, list[Outcome]]:
+    """Outcomes of the same method together, in the order of the methods' first outcome."""
     grouped: dict[str, list[Outcome]] = {}
     for outcome in outcomes:
         grouped.setdefault(outcome.method, []).append(outcome)

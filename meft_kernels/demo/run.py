@@ -63,6 +63,7 @@ class Demo:
 
 
 def default_device() -> torch.device:
+    """The GPU if there is one."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 

@@ -67,9 +67,9 @@ def _why_not_triton(*tensors: torch.Tensor | None) -> str | None:
     device = given[0].device
     if device.type != "cuda" and not kernels.INTERPRETED:
         return f"the tensors are on {device}"
-    if device.type == "cuda" and any(tensor.dtype == torch.bfloat16 for tensor in given):
-        if torch.cuda.get_device_capability(device) < (8, 0):
-            return "bfloat16 needs compute capability 8.0"
+    narrow = any(tensor.dtype == torch.bfloat16 for tensor in given)
+    if narrow and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
+        return "bfloat16 needs compute capability 8.0"
     return None
 
 
@@ -107,7 +107,8 @@ def _check(
     for name, tensor in (("branch", branch), ("center", center)):
         if tensor is not None and (tensor.shape != stream.shape or tensor.device != stream.device):
             raise ValueError(
-                f"{name} is {tuple(tensor.shape)} on {tensor.device}, the stream {tuple(stream.shape)} on {stream.device}"
+                f"{name} is {tuple(tensor.shape)} on {tensor.device}, "
+                f"the stream {tuple(stream.shape)} on {stream.device}"
             )
     if branch.dtype not in _FLOATS:
         raise TypeError(f"branch must be floating point, got {branch.dtype}")

@@ -1,9 +1,9 @@
 """Remainders in ``[0, q)`` stored at exactly ``ceil(log2 q)`` bits each.
 
 Eight neighbours along the last dimension share a group: at width w <= 8 a group is ``8 * w`` bits, hence w bytes. The
-bytes of all groups are stored plane by plane, so the packed tensor is ``uint8 [bits, rows, ceil(columns / 8)]`` and each
-plane is read and written contiguously. Widths above 8 are cut into parts of 8 bits, low part first; every part is packed
-the same way and its planes follow the previous part's. Missing columns of the last group are zero.
+bytes of all groups are stored plane by plane, so the packed tensor is ``uint8 [bits, rows, ceil(columns / 8)]`` and
+each plane is read and written contiguously. Widths above 8 are cut into parts of 8 bits, low part first; every part is
+packed the same way and its planes follow the previous part's. Missing columns of the last group are zero.
 """
 
 import math

