@@ -1,5 +1,7 @@
 """The demo's parts: texts and their split, batches, prompts, the rank that matches LoRA, schedule."""
 
+import itertools
+
 import pytest
 import torch
 
