@@ -74,7 +74,7 @@ def patch(model: Model, config: MeftConfig | None = None, **overrides: Any) -> M
     lists = _find_layers(base, spec)
     _check_trainable(base, lists, config)
     adapters = [[_make_adapters(layer, base, spec, config) for layer in layers] for _, _, layers in lists]
-    trained = _modules_to_train(base, config)
+    trained = _modules_to_train(base, spec, config)
 
     # Nothing was changed so far, and nothing can fail from here on.
     required_grad = {name: parameter.requires_grad for name, parameter in base.named_parameters()}
@@ -238,7 +238,7 @@ def _check_trainable(model: nn.Module, lists: list[tuple[nn.Module, str, list[nn
             )
 
 
-def _modules_to_train(model: Any, config: MeftConfig) -> tuple[str, ...]:
+def _modules_to_train(model: Any, spec: ArchitectureSpec, config: MeftConfig) -> tuple[str, ...]:
     """Names of the modules that train whole; by default a task head that is no language-model head."""
     if config.modules_to_save is not None:
         names = config.modules_to_save
@@ -251,11 +251,12 @@ def _modules_to_train(model: Any, config: MeftConfig) -> tuple[str, ...]:
     base = getattr(model, "base_model", model)
     if base is model or model.get_output_embeddings() is not None:
         return ()
-    return tuple(
-        name
-        for name, child in model.named_children()
-        if child is not base and next(child.parameters(), None) is not None
-    )
+    modules = dict(model.named_modules())
+    heads = [name for name, child in model.named_children() if child is not base]
+    inner = [f"{model.base_model_prefix}.{name}" for name in spec.head_modules]
+    # Some heads come without the pooler (token classification), some have nothing to train.
+    names = [name for name in (*heads, *inner) if name in modules]
+    return tuple(name for name in names if next(modules[name].parameters(), None) is not None)
 
 
 def _make_adapters(

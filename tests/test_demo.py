@@ -120,6 +120,21 @@ def test_lora_gets_the_rank_that_matches_the_parameters(minilm):
     assert made.base_model.model.classifier.modules_to_save["default"].weight.requires_grad
 
 
+def test_the_pooler_is_trained_beside_the_adapters(minilm):
+    import copy
+
+    from meft_kernels import MeftConfig
+    from meft_kernels.demo.methods import prepare_meft
+
+    made = prepare_meft(copy.deepcopy(minilm), MeftConfig(rank=2), causal=False)
+    trained = {name for name, parameter in made.named_parameters() if parameter.requires_grad}
+    outside = {name for name in trained if ".meft." not in name}
+    assert outside == {
+        f"{module}.{part}" for module in ("classifier", "bert.pooler.dense") for part in ("weight", "bias")
+    }
+    assert len(trained) > len(outside)
+
+
 def test_the_footprint_leaves_no_trace(minilm_task, minilm):
     from meft_kernels.demo.data import Split
 

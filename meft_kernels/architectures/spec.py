@@ -47,6 +47,9 @@ class ArchitectureSpec:
     dropout: Callable[[Any], float]
     """The backbone's hidden dropout probability, from the model's config."""
 
+    head_modules: tuple[str, ...] = ()
+    """Children of the base model that only task heads read; they are trained along with a new head."""
+
     def __reduce__(self) -> tuple[Any, ...]:
         # By name: a pickled model finds the family that its reader has registered, whatever callables it is made of.
         from .registry import find_architecture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -37,9 +38,28 @@ class Recipe:
     meft: dict[str, Any] = field(default_factory=dict)
 
 
-# Each method has the best learning rate of its own small sweep (seed 100, outside of the seeds that the demo reports).
-_ENCODER = Recipe(steps=300, batch_size=32, max_length=128, held_out=1024, lr=2e-3, lora_lr=1e-3, rank=64)
-_CAUSAL = Recipe(steps=150, batch_size=8, max_length=128, held_out=512, lr=1e-3, lora_lr=1e-3, rank=64)
+# The best of a small sweep for each method (seed 100, outside of the seeds that the demo reports). LoRA diverges at 3e-3
+# on MiniLM; MEFT is flat from 1e-3 to 5e-3. Wider down-projections than 0.02 learn faster at the same rate.
+_ENCODER = Recipe(
+    steps=300,
+    batch_size=16,
+    max_length=128,
+    held_out=1024,
+    lr=1e-3,
+    lora_lr=1e-3,
+    rank=64,
+    meft={"down_init_std": 0.05},
+)
+_CAUSAL = Recipe(
+    steps=150,
+    batch_size=8,
+    max_length=128,
+    held_out=512,
+    lr=1e-3,
+    lora_lr=1e-3,
+    rank=64,
+    meft={"down_init_std": 0.05},
+)
 
 
 def recipe_for(*, causal: bool) -> Recipe:
@@ -52,8 +72,20 @@ def trainable_parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
-def prepare_meft(model: nn.Module, config: MeftConfig) -> nn.Module:
-    """Adapters in every layer, and the reversible stack."""
+def prepare_meft(model: nn.Module, config: MeftConfig, *, causal: bool) -> nn.Module:
+    """Adapters in every layer, and the reversible stack.
+
+    Between an encoder's layers and its new head there may be a pooler, pretrained for another task. LoRA adapts it, as any
+    linear layer; there is no adapter outside of the layers, so it is trained whole (2.5 points on MiniLM after 150 steps
+    of 16). :func:`prepare_lora` spends the same number of parameters on its rank.
+    """
+    if not causal and config.modules_to_save is None:
+        base = getattr(model, "base_model", model)
+        prefix = getattr(model, "base_model_prefix", "")
+        whole = [n for n, m in model.named_children() if m is not base and next(m.parameters(), None) is not None]
+        if getattr(base, "pooler", None) is not None:
+            whole.append(f"{prefix}.pooler")
+        config = dataclasses.replace(config, modules_to_save=tuple(whole))
     return patch(model, config)
 
 
