@@ -250,8 +250,11 @@ class Step:
         tape.x1, tape.x2, tape.position = center, y, self.layer.index
         if tape.observer is not None:
             tape.observer.rebuilt(self.layer.index, tape.x1, tape.x2)
-        if self.layer.index == tape.first_recorded and tape.observer is None:  # an observer reports by itself
-            tape.check_rebuilt()
+        # The graph, and with it this object, lives as long as somebody holds the loss: keep nothing large in it.
+        self.remainders.clear()
+        self.kwargs, self.inputs = {}, []
+        if self.layer.index == tape.first_recorded:
+            tape.finish()
         return (d_center, dy, gradients) if wants_input else (None, None, gradients)
 
     def _differentiate(

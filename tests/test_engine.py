@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import meft_kernels
+from meft_kernels.memory import LiveTensorMeter
 from meft_kernels.patching import require_state
 
 from .models import (
@@ -169,6 +170,21 @@ def test_unused_output_leaves_no_memory_behind() -> None:
         assert tapes[-1]() is None
     finally:
         gc.enable()
+
+
+def test_a_loss_kept_after_backward_keeps_nothing_large() -> None:
+    model = meft_kernels.patch(tiny_llama(layers=4), **TRAINABLE_START).train()
+    ids = torch.randint(1, 97, (4, 64))
+    train_step(model, {"input_ids": ids, "labels": ids})
+    with LiveTensorMeter() as meter:
+        loss = model(input_ids=ids, labels=ids).loss
+        kept = meter.live_bytes
+        loss.backward()
+        for parameter in model.parameters():
+            parameter.grad = None
+    streams = 2 * 4 * ids.numel() * 64
+    assert kept > streams
+    assert meter.live_bytes < streams / 8
 
 
 def test_cpu_autocast() -> None:

@@ -38,8 +38,9 @@ class Recipe:
     meft: dict[str, Any] = field(default_factory=dict)
 
 
-# The best of a small sweep for each method (seed 100, outside of the seeds that the demo reports). LoRA diverges at 3e-3
-# on MiniLM; MEFT is flat from 1e-3 to 5e-3. Wider down-projections than 0.02 learn faster at the same rate.
+# From single runs with seed 100, which is none of the demo's seeds. MiniLM, 150 steps of 16, 512 held-out texts
+# (standard error 1.8 points): LoRA 79.9 % at 1e-3, diverges at 3e-3; MEFT without the pooler 77.7, 75.8 and 75.6 % at
+# 1e-3, 2e-3 and 5e-3; with the pooler at 2e-3, 78.3 % from down-projections of std 0.02 and 79.1 % from 0.1.
 _ENCODER = Recipe(
     steps=300,
     batch_size=16,
@@ -75,9 +76,9 @@ def trainable_parameters(model: nn.Module) -> int:
 def prepare_meft(model: nn.Module, config: MeftConfig, *, causal: bool) -> nn.Module:
     """Adapters in every layer, and the reversible stack.
 
-    Between an encoder's layers and its new head there may be a pooler, pretrained for another task. LoRA adapts it, as any
-    linear layer; there is no adapter outside of the layers, so it is trained whole (2.5 points on MiniLM after 150 steps
-    of 16). :func:`prepare_lora` spends the same number of parameters on its rank.
+    Between an encoder's layers and its new head there may be a pooler, pretrained for another task. LoRA adapts it, as
+    any linear layer; there is no adapter outside of the layers, so here it is trained whole. :func:`prepare_lora` gets
+    as many parameters for its rank.
     """
     if not causal and config.modules_to_save is None:
         base = getattr(model, "base_model", model)
