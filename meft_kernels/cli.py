@@ -25,6 +25,8 @@ from .errors import MeftError
 if TYPE_CHECKING:
     import torch
 
+DEFAULT_VARIANT = MeftConfig().variant
+
 app = typer.Typer(
     help="Fine-tune pretrained transformers through a bit-exact reversible stack.",
     no_args_is_help=True,
@@ -84,7 +86,7 @@ def _given(**options: Any) -> dict[str, Any]:
 def demo(
     model: Model = "minilm",
     data: Data = "rotten_tomatoes",
-    variant: Variant = "meft1",
+    variant: Variant = DEFAULT_VARIANT,
     compare: Annotated[bool, typer.Option("--compare", help="Train PEFT LoRA on the same batches too.")] = False,
     seeds: Annotated[int, typer.Option(min=1, help="Repeat with this many seeds; mean and spread.")] = 1,
     seed: Annotated[int, typer.Option(help="The first seed.")] = 0,
@@ -158,7 +160,7 @@ def demo(
 def verify(
     model: Model = "minilm",
     data: Data = "rotten_tomatoes",
-    variant: Variant = "meft1",
+    variant: Variant = DEFAULT_VARIANT,
     arithmetic: Annotated[str, typer.Option(help="exact or float.")] = "exact",
     coupling: Annotated[str, typer.Option(help="centered or paper.")] = "centered",
     lam: Annotated[float | None, typer.Option(help="Coefficient of the first lane.")] = None,

@@ -30,6 +30,9 @@ _CHOICES: dict[str, tuple[str, ...]] = {
 # remainder is stored, and shrink the other by -1/8: the start loss of a 30-layer model moved by 0.001 nats, against
 # 0.11 at +1/8 and 0.09 at -1/4.
 _PAPER_COEFFICIENTS = {"meft1": (0.1, 1.0), "meft2": (1.0, 0.1), "meft3": (0.1, 0.1)}
+#
+# The default variant is meft2 because its bare adapter moves the state itself; meft1's moves the other stream, of which
+# an eighth leaks into the state (78.8 against 81.2 % on MiniLM and Rotten Tomatoes after 150 steps).
 _CENTERED_COEFFICIENTS = {"meft1": (-0.125, 1.0), "meft2": (1.0, -0.125), "meft3": (-0.125, -0.125)}
 
 
@@ -48,7 +51,7 @@ class MeftConfig:
         ValueError: a setting out of range, or one that exact arithmetic cannot hold (the message names the nearest).
     """
 
-    variant: Variant = _option("meft1", "which of the paper's three couplings (section 3.3)")
+    variant: Variant = _option("meft2", "which of the paper's three couplings (section 3.3)")
     rank: int = _option(64, "bottleneck width of every adapter")
     lam: float | None = _option(None, "coefficient of the first lane; +-1/q, q integer, in exact arithmetic")
     beta: float | None = _option(None, "coefficient of the second lane")

@@ -218,7 +218,7 @@ def test_non_finite_names_the_layer(settings: dict[str, Any], value: float) -> N
     model = meft_kernels.patch(tiny_llama(), **settings).train()
     with torch.no_grad():
         model.model.layers[1].mlp.down_proj.weight[3, 5] = value
-    with pytest.raises(NonFiniteError, match=r"F \(layer\) of model.layers.1"):
+    with pytest.raises(NonFiniteError, match=r"G \(layer\) of model.layers.1"):
         model(**tiny_batch(model))
     embeds = torch.full((1, 2, 64), value)
     with pytest.raises(NonFiniteError, match="the hidden states that enter"):
@@ -230,7 +230,7 @@ def test_overflow_names_the_layer_and_loses_nothing() -> None:
     with torch.no_grad():
         model.model.layers[1].mlp.down_proj.weight.mul_(1e4)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    with pytest.raises(StreamOverflowError, match=r"F \(layer\) of model.layers.1.*smaller fraction_bits than 28"):
+    with pytest.raises(StreamOverflowError, match=r"G \(layer\) of model.layers.1.*smaller fraction_bits than 28"):
         model(**tiny_batch(model))
     assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in before.items())
     assert all(p.grad is None for p in model.parameters())
@@ -268,7 +268,7 @@ def test_layer_that_does_not_repeat() -> None:
     model.model.layers[1].mlp.down_proj = Forgetful(model.model.layers[1].mlp.down_proj)
     loss = model(**tiny_batch(model)).loss
     with pytest.raises(
-        NotRepeatableError, match=r"F \(layer\) of model.layers.1 did not compute the same bits.*causes"
+        NotRepeatableError, match=r"G \(layer\) of model.layers.1 did not compute the same bits.*causes"
     ):
         loss.backward()
     report = meft_kernels.verify(model, tiny_batch(model))
@@ -281,7 +281,7 @@ def test_weights_changed_between_forward_and_backward() -> None:
     loss = model(**tiny_batch(model)).loss
     with torch.no_grad():
         model.bert.encoder.layer[2].meft["stream"].up.bias.add_(0.1)
-    with pytest.raises(NotRepeatableError, match=r"G \(adapter\) of bert.encoder.layer.2"):
+    with pytest.raises(NotRepeatableError, match=r"F \(adapter\) of bert.encoder.layer.2"):
         loss.backward()
 
 

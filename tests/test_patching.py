@@ -124,7 +124,7 @@ def test_one_line_is_logged_and_nothing_printed(
     with caplog.at_level(logging.INFO, logger="meft_kernels"):
         meft_kernels.patch(tiny_bert())
     assert [record.levelname for record in caplog.records] == ["INFO"]
-    assert "meft1, exact arithmetic, centered coupling, 3 reversible layers" in caplog.text
+    assert "meft2, exact arithmetic, centered coupling, 3 reversible layers" in caplog.text
     assert capsys.readouterr() == ("", "")
 
 

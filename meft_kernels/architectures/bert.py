@@ -42,8 +42,8 @@ register_architecture(
         ffn_writes=lambda layer: layer.output.dense,
         activation=lambda config: config.hidden_act,
         dropout=lambda config: config.hidden_dropout_prob,
-        # The pooler was made by next-sentence prediction, or not at all (sentence-transformers): left frozen under a new
-        # classifier it cost MiniLM 2.5 points on Rotten Tomatoes.
+        # The pooler was made by next-sentence prediction, or not at all (sentence-transformers): left frozen under a
+        # new classifier it cost MiniLM 2.5 points on Rotten Tomatoes.
         head_modules=("pooler",),
     )
 )

@@ -82,7 +82,7 @@ def run_demo(demo: Demo, task: Task) -> list[Outcome]:
             model = copy.deepcopy(base).to(demo.device)
             rank = demo.config.rank
             if method == "meft":
-                model = prepare_meft(model, demo.config, causal=task.causal)
+                model = prepare_meft(model, demo.config)
                 trainable = trainable_parameters(model)
             else:
                 model, rank = prepare_lora(
