@@ -41,6 +41,8 @@ class _Pass:
     next_index: int
     other: torch.Tensor
     main: torch.Tensor
+    handed_on: torch.Tensor
+    """What the layer before returned: ``main``, or the read-out where hidden states were asked for."""
     version: int | None
     graph: bool = False
     """Whether plain autograd has taken over, as it does above the reversible layers."""
@@ -124,6 +126,8 @@ class ReversibleStack:
             hidden_states = current.main  # as quantised, which is what the recompute will see
         else:
             current = self._resume(layer, hidden_states)
+            if current.handed_on is not current.main:
+                hidden_states = current.main
         tensors, leaves, detached = differentiable(layer.module, kwargs)
         if not torch.is_grad_enabled() or not (tensors or current.main.requires_grad):
             current.main = Step(layer, current.tape, kwargs, []).forward(hidden_states, recording=False)
@@ -144,8 +148,12 @@ class ReversibleStack:
             self._check(current.tape)
             return Exit.apply(current.other, current.main, current.tape)
         current.next_index = layer.index + 1
-        current.version = _version(current.main)
-        return current.main
+        current.handed_on = current.main
+        if getattr(self._local, "wants_hidden_states", False):
+            # A stream alone is not what the model's layer would have returned: meft2's main one lags by a layer.
+            current.handed_on = Exit.apply(current.other, current.main, current.tape)
+        current.version = _version(current.handed_on)
+        return current.handed_on
 
     def _start(self, hidden_states: torch.Tensor) -> _Pass:
         if self.arithmetic is None:
@@ -166,7 +174,7 @@ class ReversibleStack:
             observer=self.observer,
         )
         other, main = Enter.apply(hidden_states, tape)
-        self._local.current = current = _Pass(tape, self.first, other, main, None)
+        self._local.current = current = _Pass(tape, self.first, other, main, main, None)
         return current
 
     def _resume(self, layer: PatchedLayer, hidden_states: torch.Tensor) -> _Pass:
@@ -177,7 +185,7 @@ class ReversibleStack:
                 f"{layer.name} was called where {expected} was due: reversible layers run in order, each once "
                 "(layers skipped at random, early exits and calls of single layers are not supported)"
             )
-        main = current.main
+        main = current.handed_on
         # Not `is`: FSDP and others pass tensors through an identity Function of their own.
         same = (
             hidden_states.data_ptr() == main.data_ptr()
@@ -222,10 +230,10 @@ class ReversibleStack:
         if self.bypassed:
             return
         self.abandon()
+        self._local.wants_hidden_states = _asked_for("output_hidden_states", module, kwargs)
         if self.reversible_end > self.first and torch.is_grad_enabled() and _trains(module):
             for name in ("output_hidden_states", "output_attentions"):
-                asked = kwargs.get(name)
-                if asked if asked is not None else getattr(getattr(module, "config", None), name, False):
+                if _asked_for(name, module, kwargs):
                     raise ReversibleUsageError(
                         f"{name} is not available while gradients are recorded: reversible layers keep neither, "
                         f"and what they returned would have no gradient. Pass {name}=False, run under "
@@ -280,6 +288,11 @@ class ReversibleStack:
 
 def _version(tensor: torch.Tensor) -> int | None:
     return None if tensor.is_inference() else tensor._version
+
+
+def _asked_for(name: str, module: nn.Module, kwargs: dict[str, Any]) -> bool:
+    asked = kwargs.get(name)
+    return bool(asked if asked is not None else getattr(getattr(module, "config", None), name, False))
 
 
 def _trains(module: nn.Module) -> bool:

@@ -327,6 +327,26 @@ def test_generate_with_cache_equals_without() -> None:
     assert model.config.use_cache == use_cache
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_hidden_states_are_those_of_the_layers(variant: str) -> None:
+    """At the start they are the pretrained model's own, layer for layer, up to the leak; asking changes no output."""
+    model = tiny_llama(layers=4)
+    batch = {"input_ids": tiny_batch(model)["input_ids"]}
+    with torch.no_grad():
+        expected = model(**batch, output_hidden_states=True).hidden_states
+        meft_kernels.patch(model, variant=variant)
+        output = model(**batch, output_hidden_states=True)
+        assert torch.equal(output.logits, model(**batch).logits)
+    for mine, theirs, previous in zip(output.hidden_states[1:], expected[1:], expected, strict=False):
+        leak = (mine - theirs).norm()
+        assert leak < 0.5 * (theirs - previous).norm()
+    oracle = meft_kernels.patch(tiny_llama(layers=4), variant=variant, engine="autograd")
+    hidden_states = oracle(**batch, output_hidden_states=True).hidden_states
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(hidden_states, output.hidden_states, strict=True))
+    hidden_states[2].square().mean().backward()
+    assert oracle.model.layers[0].meft["ffn"].up.weight.grad.abs().max() > 0
+
+
 def test_no_cache_is_filled_in_training() -> None:
     model = meft_kernels.patch(tiny_llama(), **TRAINABLE_START).train()
     batch = tiny_batch(model)
