@@ -126,7 +126,7 @@ def test_the_pooler_is_trained_beside_the_adapters(minilm):
     from meft_kernels import MeftConfig
     from meft_kernels.demo.methods import prepare_meft
 
-    made = prepare_meft(copy.deepcopy(minilm), MeftConfig(rank=2), causal=False)
+    made = prepare_meft(copy.deepcopy(minilm), MeftConfig(rank=2))
     trained = {name for name, parameter in made.named_parameters() if parameter.requires_grad}
     outside = {name for name in trained if ".meft." not in name}
     assert outside == {
