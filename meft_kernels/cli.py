@@ -88,6 +88,9 @@ def demo(
     data: Data = "rotten_tomatoes",
     variant: Variant = DEFAULT_VARIANT,
     compare: Annotated[bool, typer.Option("--compare", help="Train PEFT LoRA on the same batches too.")] = False,
+    methods: Annotated[
+        str | None, typer.Option(help="With --compare, which: meft,lora,lora_checkpointing (the default).")
+    ] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Repeat with this many seeds; mean and spread.")] = 1,
     seed: Annotated[int, typer.Option(help="The first seed.")] = 0,
     steps: Annotated[int | None, typer.Option(min=1, help="Training steps.")] = None,
@@ -113,6 +116,13 @@ def demo(
         from .demo.report import plot, table, write_json
         from .demo.run import Demo, default_device, run_demo
 
+        chosen = METHODS if compare else ("meft",)
+        if methods is not None:
+            chosen = tuple(method for method in METHODS if method in methods.split(","))
+            if unknown := set(methods.split(",")) - set(METHODS):
+                raise ValueError(f"--methods: {', '.join(sorted(unknown))} is none of {', '.join(METHODS)}")
+            if not compare or chosen[0] != "meft":
+                raise ValueError("--methods goes with --compare, and meft is always one of them")
         for module in ("datasets", *(("peft", "matplotlib") if compare else ())):
             require(module)  # before minutes of training, not after
         task = Task(model, load_texts(data, held_out=1).classes)
@@ -134,7 +144,7 @@ def demo(
             data=data,
             recipe=recipe,
             config=MeftConfig(**{**recipe.meft, "variant": variant, "rank": recipe.rank}),
-            methods=METHODS if compare else ("meft",),
+            methods=chosen,
             seeds=tuple(range(seed, seed + seeds)),
             out=out,
             dtype=_dtype(dtype),
@@ -143,7 +153,7 @@ def demo(
         )
         out.mkdir(parents=True, exist_ok=True)
         console.print(f"{model} on {data}, {job.device}, {torch.get_num_threads()} threads", highlight=False)
-        outcomes = run_demo(job, task)
+        outcomes = run_demo(job, task, on_outcome=lambda outcome: console.print(outcome.line(), highlight=False))
         console.print(table(job, outcomes))
         write_json(job, outcomes, out / "results.json")
         written = ["adapter", "results.json"]

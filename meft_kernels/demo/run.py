@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,11 @@ class Outcome:
     gradient_error: float | None = None
     same_after_reload: bool | None = None
 
+    def line(self) -> str:
+        """The outcome in a line, for logs of long runs."""
+        accuracy = f"held-out accuracy {self.accuracy_before:.1f} -> {self.accuracy_after:.1f} %"
+        return f"{TITLES[self.method]}, seed {self.seed}: {accuracy}, {self.seconds_per_step:.2f} s/step"
+
 
 @dataclass(frozen=True)
 class Demo:
@@ -67,8 +73,11 @@ def default_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def run_demo(demo: Demo, task: Task) -> list[Outcome]:
-    """Train every method with every seed; the first seed's MEFT adapter is saved under ``demo.out/adapter``."""
+def run_demo(demo: Demo, task: Task, on_outcome: Callable[[Outcome], None] = lambda outcome: None) -> list[Outcome]:
+    """Train every method with every seed, and tell ``on_outcome`` of each.
+
+    The first seed's MEFT adapter is saved under ``demo.out/adapter``.
+    """
     outcomes = []
     for seed in demo.seeds:
         recipe = demo.recipe
@@ -89,6 +98,7 @@ def run_demo(demo: Demo, task: Task) -> list[Outcome]:
                     model, trainable=trainable, causal=task.causal, checkpointing=method == "lora_checkpointing"
                 )
             outcomes.append(_train_one(demo, method, seed, rank, task, model, data, batches, before))
+            on_outcome(outcomes[-1])
     return outcomes
 
 
