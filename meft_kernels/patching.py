@@ -255,8 +255,8 @@ def _modules_to_train(model: Any, spec: ArchitectureSpec, config: MeftConfig) ->
     heads = [name for name, child in model.named_children() if child is not base]
     inner = [f"{model.base_model_prefix}.{name}" for name in spec.head_modules]
     # Some heads come without the pooler (token classification), some have nothing to train.
-    names = [name for name in (*heads, *inner) if name in modules]
-    return tuple(name for name in names if next(modules[name].parameters(), None) is not None)
+    present = [name for name in (*heads, *inner) if name in modules]
+    return tuple(name for name in present if next(modules[name].parameters(), None) is not None)
 
 
 def _make_adapters(

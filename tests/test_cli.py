@@ -44,6 +44,8 @@ def test_env_lists_versions():
         (("demo", "--model", "missing.gguf"), "no file missing.gguf"),
         (("demo", "--variant", "meft9"), "variant must be one of"),
         (("demo", "--rank", "0"), "rank"),
+        (("demo", "--compare", "--methods", "meft,qlora"), "qlora is none of"),
+        (("demo", "--methods", "lora"), "--methods goes with --compare"),
         (("demo", "--dtype", "int4"), "float32, bfloat16, float16"),
         (("demo", "--held-out", "100000"), "fewer than the 100001"),
         (("verify", "--lam", "0.3"), "the nearest is"),
