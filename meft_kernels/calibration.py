@@ -17,6 +17,9 @@ logger = logging.getLogger(__name__)
 MAX_CALIBRATED_BITS = 22
 """Finer than this gains nothing: streams of magnitude 1 then resolve float32's own rounding."""
 
+HEADROOM_BITS = 2
+"""log2 of how much the streams may grow, in training or on other batches, before they overflow."""
+
 _COARSE = 2.0**-9
 """Rounding noise relative to a layer input's RMS beyond which it would show beside bfloat16's own (2^-9)."""
 
@@ -52,14 +55,14 @@ class Probe(Arithmetic):
             self.largest.append(stream.abs().amax())
             self.rms.append(stream.square().mean().sqrt())
 
-    def fraction_bits_for(self, headroom_bits: int, name: str) -> int:
-        """The most fraction bits that leave ``2^headroom_bits`` between the largest value met and the format's end."""
+    def fraction_bits_for(self, at_most: int, name: str) -> int:
+        """The most fraction bits that leave the streams room to grow by ``2^HEADROOM_BITS`` beyond what was met."""
         if not self.largest:
             raise ReversibleUsageError(f"calibration of {name} got an empty batch: call the model on real inputs first")
         largest = float(torch.stack(self.largest).max())
         integer_bits = math.ceil(math.log2(max(largest, 2.0**-20)))
-        bits = int(math.log2(INT_LIMIT)) - headroom_bits - integer_bits
-        bits = max(0, min(MAX_CALIBRATED_BITS, bits))
+        bits = int(math.log2(INT_LIMIT)) - HEADROOM_BITS - integer_bits
+        bits = max(0, min(at_most, bits))
         rms = float(torch.stack(self.rms).min())
         noise = 2.0**-bits / math.sqrt(12)
         if rms and noise > _COARSE * rms:

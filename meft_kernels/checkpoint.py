@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import logging
 import os
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -18,9 +20,17 @@ from .errors import AdapterFileError, PatchError
 from .patching import Model, PatchState, adapter_module_names, find_state, patch, require_state, unpatch, unwrap
 from .verify import fraction_bits_of
 
+logger = logging.getLogger(__name__)
+
 WEIGHTS_NAME = "adapter_model.safetensors"
 CONFIG_NAME = "adapter_config.json"
 _FORMAT = 1
+_RUN_SETTINGS = ("engine", "impl", "reversible_layers")
+"""Settings that change how the numbers are computed and not which; they are not taken from a file."""
+_START_SETTINGS = ("down_init_std", "up_init_std")
+"""Settings without effect once weights are loaded."""
+_WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
+"""What torch.compile and others put into the names of what they wrap."""
 _FINGERPRINT_SAMPLES = 16
 _FINGERPRINT_TOLERANCE = 2.0**-7
 """Relative; twice bfloat16's rounding, so that a base model may be loaded in another dtype than it was trained in."""
@@ -40,6 +50,7 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
         raise PatchError(
             "there are no adapters to save (adapters='none'): save a PEFT model with its own save_pretrained"
         )
+    _warn_of_unsaved(base, names.values())
     tensors = dict(base.state_dict(keep_vars=True))
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
@@ -81,8 +92,12 @@ def load_adapter(model: Model, directory: str | os.PathLike[str]) -> Model:
         config = MeftConfig.from_dict(description["config"])
     except (TypeError, ValueError) as error:
         raise AdapterFileError(f"{folder / CONFIG_NAME}: {error}") from error
-    fresh = find_state(model) is None
-    patch(model, config)
+    state = find_state(model)
+    fresh = state is None
+    # How this process runs the model is its own business: an adapter trained with Triton kernels loads without them.
+    here = MeftConfig() if state is None else state.config
+    own = _RUN_SETTINGS if fresh else (*_RUN_SETTINGS, *_START_SETTINGS)
+    patch(model, dataclasses.replace(config, **{name: getattr(here, name) for name in own}))
     try:
         _load_weights(base, require_state(model), folder, description)
     except BaseException:
@@ -93,13 +108,38 @@ def load_adapter(model: Model, directory: str | os.PathLike[str]) -> Model:
 
 
 def _saved_names(base: Any, state: PatchState) -> dict[str, str]:
-    """Key in the file -> name in ``state_dict()``; keys lack what torch.compile puts into names."""
-    prefixes = tuple(f"{name}." for name in (*adapter_module_names(state), *state.trained_modules))
-    return {_key(name): name for name in base.state_dict() if _key(name).startswith(prefixes)}
+    """Key in the file -> name in ``state_dict()``; keys lack the names of wrappers.
+
+    Raises:
+        PatchError: a layer's adapters are not in ``state_dict()`` under any name known here.
+    """
+    prefixes = [f"{_key(name)}." for name in (*adapter_module_names(state), *state.trained_modules)]
+    names = {_key(name): name for name in base.state_dict() if _key(name).startswith(tuple(prefixes))}
+    for prefix in prefixes:
+        if not any(key.startswith(prefix) for key in names):
+            raise PatchError(f"no tensors are named {prefix}*: is the layer inside a wrapper? Save the model it wraps")
+    return names
 
 
 def _key(name: str) -> str:
-    return name.replace("_orig_mod.", "")
+    for wrapper in _WRAPPERS:
+        name = name.replace(wrapper, "")
+    return name
+
+
+def _warn_of_unsaved(base: Any, names: Any) -> None:
+    saved = set(names)
+    kept = {id(parameter) for name, parameter in base.named_parameters(remove_duplicate=False) if name in saved}
+    left = [
+        name for name, parameter in base.named_parameters() if parameter.requires_grad and id(parameter) not in kept
+    ]
+    if left:
+        logger.warning(
+            "meft_kernels: %d trainable parameters are neither adapters nor in modules_to_save and were not saved, "
+            "%s among them",
+            len(left),
+            left[0],
+        )
 
 
 def _describe_base(base: Any) -> dict[str, Any]:

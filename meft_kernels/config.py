@@ -81,6 +81,8 @@ class MeftConfig:
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}; got {getattr(self, name)!r}")
+        if isinstance(self.modules_to_save, str):
+            raise ValueError(f"modules_to_save is a tuple of names; for one write ({self.modules_to_save!r},)")
         if isinstance(self.modules_to_save, list):  # from JSON
             object.__setattr__(self, "modules_to_save", tuple(self.modules_to_save))
         self._check_integer("rank", 1)

@@ -57,7 +57,9 @@ class Description:
         ]
         for stack in self.stacks:
             fixed = (
-                "" if self.arithmetic == "float" else f", fraction_bits {stack.fraction_bits or 'not calibrated yet'}"
+                ""
+                if self.arithmetic == "float"
+                else f", fraction_bits {'not calibrated yet' if stack.fraction_bits is None else stack.fraction_bits}"
             )
             rows += [
                 (

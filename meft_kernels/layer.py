@@ -57,6 +57,11 @@ class PatchedLayer:
         """Put this object in the place of the layer's ``forward``."""
         self.module.forward = self
 
+    @property
+    def is_bound(self) -> bool:
+        """Whether the layer's ``forward`` is this object, and nobody's wrapper around it."""
+        return vars(self.module).get("forward") is self
+
     def unbind(self) -> None:
         """Give the layer its own ``forward`` back."""
         if self._instance_forward is None:

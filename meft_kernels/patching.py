@@ -80,8 +80,8 @@ def patch(model: Model, config: MeftConfig | None = None, **overrides: Any) -> M
     required_grad = {name: parameter.requires_grad for name, parameter in base.named_parameters()}
     if config.adapters == "all":
         base.requires_grad_(False)
-        for name in trained:
-            base.get_submodule(name).requires_grad_(True)
+    for name in trained:
+        base.get_submodule(name).requires_grad_(True)
     stacks = [
         _bind(owner, name, layers, made, spec, config)
         for (owner, name, layers), made in zip(lists, adapters, strict=True)
@@ -112,9 +112,16 @@ def unpatch(model: Model) -> Model:
     state = require_state(model)
     base = unwrap(model)
     for stack in state.stacks:
-        stack.remove()
+        for layer in stack.layers:
+            if not layer.is_bound:
+                raise PatchError(
+                    f"the forward of {layer.name} was wrapped again after patch (accelerate's hooks do so): take that "
+                    "wrapper off first"
+                )
+    for stack in state.stacks:
         for layer in stack.layers:
             layer.module._modules.pop(_ADAPTERS, None)
+        stack.remove()
     for name, parameter in base.named_parameters():
         parameter.requires_grad_(state.required_grad.get(name, parameter.requires_grad))
         if not parameter.requires_grad:
@@ -297,7 +304,7 @@ def _bind(
         tap = FfnTap(made["ffn"], spec.ffn_reads(layer), spec.ffn_writes(layer), stack) if made else None
         patched = PatchedLayer(stack, layer, index, f"{name}.{index}", made.get("stream"), tap)
         if made:
-            layer.add_module(_ADAPTERS, nn.ModuleDict(made))
+            layer.add_module(_ADAPTERS, nn.ModuleDict(made).train(layer.training))
         patched.bind()
         stack.layers.append(patched)
     return stack

@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import Any, Protocol
 
 import torch
+from torch import nn
 from torch.autograd.function import once_differentiable
 
 from .errors import ReversibleUsageError
@@ -25,6 +26,7 @@ class Layer(Protocol):
 
     index: int
     name: str
+    module: nn.Module
 
     def run(self, branch: Branch, hidden_states: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:
         """One branch of the layer."""
@@ -211,6 +213,8 @@ class Step:
                 "forward has already undone them. Add the losses up and call backward once, or run forward again; "
                 "patch(model, engine='autograd') keeps everything and allows it."
             )
+        self._check_parameters()
+        tape.check_after_backward()
         tape.position = -1  # nobody may use the streams if this is left by an exception
         gradients: list[torch.Tensor | None] = [None] * len(self.inputs)
         if plan.switched:
@@ -243,6 +247,7 @@ class Step:
                         d_center = d_center + from_branch
                     if lane.centered:
                         d_center = d_center - da
+                    del from_branch, undone  # not to be held while the other lane recomputes
                 y, center, dy, d_center = center, a, d_center, da
                 if a_value is not None:
                     center_value = a_value
@@ -256,6 +261,17 @@ class Step:
         if self.layer.index == tape.first_recorded:
             tape.finish()
         return (d_center, dy, gradients) if wants_input else (None, None, gradients)
+
+    def _check_parameters(self) -> None:
+        """The recompute must reach the parameters that forward recorded, or they would silently get no gradient."""
+        present = {id(parameter) for parameter in self.layer.module.parameters()}
+        for parameter in self.inputs:
+            if isinstance(parameter, nn.Parameter) and not (id(parameter) in present and parameter.requires_grad):
+                raise ReversibleUsageError(
+                    f"trainable parameters of {self.layer.name} were replaced or frozen between forward and backward "
+                    "(unpatch, another adapter switched on or off, a module swapped, functional_call): "
+                    "run backward first"
+                )
 
     def _differentiate(
         self,

@@ -21,7 +21,7 @@ from torch import nn
 
 from .architectures import ArchitectureSpec
 from .arithmetic import Arithmetic
-from .calibration import Probe
+from .calibration import MAX_CALIBRATED_BITS, Probe
 from .config import MeftConfig
 from .errors import ReversibleUsageError, StreamOverflowError
 from .layer import CACHE_ARGUMENTS, PatchedLayer, differentiable, without_cache
@@ -66,8 +66,8 @@ class ReversibleStack:
         self.bypassed = False
         """Whether calls go to the pretrained layers as they were, adapters left out."""
         self.observer: Observer | None = None
-        self.headroom_bits = 2
-        """log2 of how much the streams may grow beyond the calibration's largest value."""
+        self.max_bits = MAX_CALIBRATED_BITS
+        """Calibration goes no finer; lowered when streams overflowed what it had chosen."""
         self._local = threading.local()
         if config.arithmetic == "float" or config.fraction_bits is not None:
             self.arithmetic = Arithmetic(config.fraction_bits, config.impl)
@@ -100,6 +100,9 @@ class ReversibleStack:
                 layer.tap.remove()
         for handle in self._handles:
             handle.remove()
+        # Break the cycles, so that `del model` frees its memory at once.
+        self.layers.clear()
+        self._handles.clear()
 
     def abandon(self) -> None:
         """Forget the pass under way, if any."""
@@ -139,6 +142,7 @@ class ReversibleStack:
         else:
             if current.tape.first_recorded is None:
                 current.tape.first_recorded = layer.index
+            _refuse_filled_cache(kwargs, layer.index)
             step = Step(layer, current.tape, without_cache(detached), leaves)
             current.other, current.main = Reversible.apply(step, current.other, hidden_states, *tensors)
             if self.observer is not None:
@@ -169,13 +173,17 @@ class ReversibleStack:
             hidden_states,
             arithmetic=self.arithmetic,
             plan=self.plan,
-            seed=draw_seed() if self.layers[0].module.training else None,
+            seed=draw_seed() if torch.is_grad_enabled() or self._trains_anywhere() else None,
             position=self.first,
             observer=self.observer,
         )
         other, main = Enter.apply(hidden_states, tape)
         self._local.current = current = _Pass(tape, self.first, other, main, main, None)
         return current
+
+    def _trains_anywhere(self) -> bool:
+        """Whether any module is in train mode: dropout may be live in an eval-mode model, or below its first layer."""
+        return any(module.training for layer in self.layers for module in layer.module.modules())
 
     def _resume(self, layer: PatchedLayer, hidden_states: torch.Tensor) -> _Pass:
         current: _Pass | None = getattr(self._local, "current", None)
@@ -219,10 +227,10 @@ class ReversibleStack:
                 raise StreamOverflowError(
                     f"{error} Patch with a smaller fraction_bits than {self.config.fraction_bits}."
                 ) from None
+            self.max_bits = max(0, (tape.arithmetic.fraction_bits or 0) - 2)
             self.arithmetic = None
-            self.headroom_bits += 1
             raise StreamOverflowError(
-                f"{error} fraction_bits will be calibrated anew, with twice the headroom, on the next forward: repeat "
+                f"{error} fraction_bits will be calibrated anew on the next forward, to {self.max_bits} at most: repeat "
                 "this batch or go on with the next."
             ) from None
 
@@ -230,6 +238,11 @@ class ReversibleStack:
         if self.bypassed:
             return
         self.abandon()
+        if getattr(module, "_is_replica", False):
+            raise ReversibleUsageError(
+                "nn.DataParallel is not supported, its replicas would compute with the first device's layers: "
+                "launch with torchrun (DistributedDataParallel), or show one device (CUDA_VISIBLE_DEVICES=0)"
+            )
         self._local.wants_hidden_states = _asked_for("output_hidden_states", module, kwargs)
         if self.reversible_end > self.first and torch.is_grad_enabled() and _trains(module):
             for name in ("output_hidden_states", "output_attentions"):
@@ -239,6 +252,8 @@ class ReversibleStack:
                         f"and what they returned would have no gradient. Pass {name}=False, run under "
                         f"torch.no_grad(), or patch with engine='autograd'."
                     )
+            if module.training:
+                _refuse_filled_cache(kwargs, self.first)
         if self.arithmetic is None:
             self.calibrate(args, kwargs)
 
@@ -283,7 +298,21 @@ class ReversibleStack:
         finally:
             self.arithmetic = before
             self.abandon()
-        self.arithmetic = Arithmetic(probe.fraction_bits_for(self.headroom_bits, self.name), self.config.impl)
+        self.arithmetic = Arithmetic(probe.fraction_bits_for(self.max_bits, self.name), self.config.impl)
+
+
+def _refuse_filled_cache(kwargs: dict[str, Any], index: int) -> None:
+    """An empty KV cache may be left out of training; a filled one is an input that a recompute would not see again."""
+    for name in CACHE_ARGUMENTS:
+        cache = kwargs.get(name)
+        if cache is None or isinstance(cache, bool):
+            continue
+        length = getattr(cache, "get_seq_length", None)
+        if length is None or int(length(index)) > 0:
+            raise ReversibleUsageError(
+                f"{name} holds earlier tokens while gradients are recorded in train mode, and a recompute cannot use "
+                "it: pass the whole sequence. Prefix tuning works this way; it needs engine='autograd'."
+            )
 
 
 def _version(tensor: torch.Tensor) -> int | None:

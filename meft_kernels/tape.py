@@ -48,6 +48,7 @@ class Tape:
     """For every lane undone so far: where, and whether the rebuilt stream's checksum is the forward's."""
     first_recorded: int | None = None
     """The lowest layer that backward will reach."""
+    _check_queued: bool = False
 
     @classmethod
     def start(
@@ -115,16 +116,27 @@ class Tape:
                 )
 
     def finish(self) -> None:
-        """Drop the streams, and raise if any came back different: one transfer from the device for the whole backward.
+        """Drop the streams: the loss may live on, and with it the graph that holds this tape."""
+        self.x1 = self.x2 = self.x1.new_empty(0)
+
+    def check_after_backward(self) -> None:
+        """Have :meth:`check_rebuilt` called at the end of the backward now running, however far down it goes."""
+        if not self._check_queued:
+            self._check_queued = True
+            torch.autograd.Variable._execution_engine.queue_callback(self.check_rebuilt)
+
+    def check_rebuilt(self) -> None:
+        """Raise if any stream came back different: one transfer from the device for the whole backward.
 
         Raises:
             NotRepeatableError: naming the first layer, in the order of backward, that did not repeat.
         """
-        self.x1 = self.x2 = self.x1.new_empty(0)
+        self._check_queued = False
         if self.arithmetic.fraction_bits is None or not self.comparisons or self.observer is not None:
             return  # float streams only come close; an observer compares by itself, and reports
-        same = torch.stack([equal for _, equal in self.comparisons]).tolist()
-        for (where, _), equal in zip(self.comparisons, same, strict=True):
+        comparisons, self.comparisons = self.comparisons, []
+        same = torch.stack([equal for _, equal in comparisons]).tolist()
+        for (where, _), equal in zip(comparisons, same, strict=True):
             if not equal:
                 raise NotRepeatableError(
                     f"{where} did not compute the same bits in backward as in forward, so the rebuilt inputs below "

@@ -137,6 +137,10 @@ def verify(model: nn.Module, batch: Batch) -> VerifyReport:
     base = unwrap(model)
     if not any(parameter.requires_grad for parameter in base.parameters()):
         raise ReversibleUsageError("nothing in this model is trainable, so there are no gradients to verify")
+    if all(stack.reversible_end == stack.first for stack in state.stacks):
+        raise ReversibleUsageError(
+            "no layer is reversible (engine='autograd' or reversible_layers=0): nothing to verify"
+        )
     if "use_cache" in inspect.signature(base.forward).parameters:
         batch = {"use_cache": False, **batch}
     with _left_as_it_was(base):
@@ -232,7 +236,7 @@ def _gradients(model: nn.Module, batch: Batch) -> tuple[float, dict[str, torch.T
     trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     for parameter in trainable.values():
         parameter.grad = None
-    with seeded(0, next(model.parameters()).device):
+    with torch.enable_grad(), seeded(0, next(model.parameters()).device):
         output = model(**batch)
         loss = getattr(output, "loss", None)
         if loss is None:

@@ -22,7 +22,7 @@ from meft_kernels import (
 )
 from meft_kernels.patching import find_state, require_state
 
-from .models import TRAINABLE_START, tiny_batch, tiny_bert, tiny_llama, train_step
+from .models import TRAINABLE_START, tiny_batch, tiny_bert, tiny_llama, train_step, worst_error
 
 
 def fingerprint(model: nn.Module) -> tuple[Any, ...]:
@@ -61,6 +61,7 @@ def assert_unchanged(model: nn.Module, before: tuple[Any, ...]) -> None:
         ({"frozen_layers": 3}, "leaves none of the 3 layers"),
         ({"frozen_layers": 1, "reversible_layers": 3}, "reversible_layers=3"),
         ({"modules_to_save": ("nothing",)}, "no module nothing"),
+        ({"modules_to_save": "lm_head"}, "for one write"),
     ],
 )
 def test_settings(settings: dict[str, Any], message: str) -> None:
@@ -316,3 +317,93 @@ def test_copy_of_a_patched_model_is_independent() -> None:
             layer.tap.adapter.up.weight.zero_()
     assert not torch.equal(twin(**batch).logits, logits)
     assert torch.equal(model(**batch).logits, logits)
+
+
+def test_filled_cache_in_training() -> None:
+    from transformers import DynamicCache
+
+    model = meft_kernels.patch(tiny_llama(), **TRAINABLE_START)
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(input_ids=torch.tensor([[1, 2, 3]]), past_key_values=cache, use_cache=True)
+    model.train()
+    with pytest.raises(ReversibleUsageError, match="past_key_values holds earlier tokens"):
+        model(input_ids=torch.tensor([[4]]), past_key_values=cache, use_cache=True)
+
+
+@pytest.mark.parametrize("arithmetic", ["exact", "float"])
+def test_dropout_live_in_a_part_of_the_model(arithmetic: str) -> None:
+    """The first layer in eval mode, or only the dropout modules in train mode, must replay all the same."""
+    for choose in ("first layer", "dropout alone"):
+        results = []
+        for engine in ("reversible", "autograd"):
+            torch.manual_seed(5)
+            model = meft_kernels.patch(tiny_bert(), arithmetic=arithmetic, engine=engine, beta=0.5, **TRAINABLE_START)
+            if choose == "first layer":
+                model.train()
+                model.bert.encoder.layer[0].eval()
+            else:
+                for module in model.modules():
+                    module.training = isinstance(module, nn.Dropout)
+            results.append(train_step(model, tiny_batch(model)))
+        assert results[0][0] == results[1][0]
+        # Three layers at 1/0.5 amplify float's rounding (1.2e-7) to 1e-6; another mask gave 5e-2.
+        assert worst_error(results[0][1], results[1][1]) < 1e-3
+
+
+def test_parameters_gone_between_forward_and_backward() -> None:
+    model = meft_kernels.patch(tiny_llama(), **TRAINABLE_START).train()
+    loss = model(**tiny_batch(model)).loss
+    meft_kernels.unpatch(model)
+    with pytest.raises(ReversibleUsageError, match="replaced or frozen between forward and backward"):
+        loss.backward()
+    meft_kernels.patch(model, **TRAINABLE_START)
+    loss = model(**tiny_batch(model)).loss
+    model.model.layers[1].meft.requires_grad_(False)
+    with pytest.raises(ReversibleUsageError, match="replaced or frozen between forward and backward"):
+        loss.backward()
+
+
+def test_partial_backward_is_checked() -> None:
+    model = meft_kernels.patch(tiny_llama(), **TRAINABLE_START).train()
+    loss = model(**tiny_batch(model)).loss
+    top = model.model.layers[2].meft["ffn"].up.weight
+    with torch.no_grad():
+        model.model.layers[2].mlp.down_proj.weight.add_(0.01)
+    with pytest.raises(NotRepeatableError, match=r"model.layers.2"):
+        torch.autograd.grad(loss, [top])
+
+
+def test_recalibration_goes_down_and_stays_down() -> None:
+    model = meft_kernels.patch(tiny_llama(), **TRAINABLE_START).train()
+    batch = tiny_batch(model)
+    train_step(model, batch)
+    stack = require_state(model).stacks[0]
+    large = {"inputs_embeds": torch.full((1, 3, 64), 2.0**12)}
+    bits = []
+    for _ in range(6):
+        try:
+            model(**large)
+        except StreamOverflowError:
+            train_step(model, batch)
+        bits.append(stack.arithmetic.fraction_bits)
+    assert bits[0] < 22
+    assert bits == sorted(bits, reverse=True)
+    assert bits[-1] == bits[-2] <= 17  # 2^12 fits from k = 17 on
+
+
+def test_data_parallel_replica() -> None:
+    model = meft_kernels.patch(tiny_llama(), fraction_bits=16)
+    model.model._is_replica = True
+    with pytest.raises(ReversibleUsageError, match="DataParallel is not supported"):
+        model(**tiny_batch(model))
+
+
+def test_wrapped_again_after_patch() -> None:
+    model = meft_kernels.patch(tiny_llama(), fraction_bits=16)
+    layer = model.model.layers[1]
+    ours, layer.forward = layer.forward, lambda *args, **kwargs: ours(*args, **kwargs)
+    with pytest.raises(PatchError, match=r"forward of model.layers.1 was wrapped again"):
+        meft_kernels.unpatch(model)
+    layer.forward = ours
+    meft_kernels.unpatch(model)

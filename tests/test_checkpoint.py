@@ -193,3 +193,42 @@ def test_save_replaces_whole_files(saved: Path) -> None:
     model = meft_kernels.load_adapter(tiny_bert(), saved)
     meft_kernels.save_adapter(model, saved)
     assert sorted(path.name for path in saved.iterdir()) == [CONFIG_NAME, WEIGHTS_NAME]
+
+
+def test_how_it_was_run_is_not_part_of_an_adapter(tmp_path: Path) -> None:
+    model = meft_kernels.patch(tiny_llama(), engine="autograd", reversible_layers=1, **TRAINABLE_START)
+    batch = tiny_batch(model)
+    with torch.no_grad():
+        logits = model(**batch).logits
+    meft_kernels.save_adapter(model, tmp_path)
+    for other in (tiny_llama(), meft_kernels.patch(tiny_llama(), rank=8, impl="torch")):
+        meft_kernels.load_adapter(other, tmp_path)
+        assert find_state(other).config.engine == "reversible"
+        with torch.no_grad():
+            assert torch.equal(other(**batch).logits, logits)
+
+
+def test_layer_inside_a_wrapper(tmp_path: Path) -> None:
+    model = meft_kernels.patch(tiny_llama(), fraction_bits=16, **TRAINABLE_START)
+
+    class Wrapper(torch.nn.Module):
+        def __init__(self, inner: torch.nn.Module, name: str) -> None:
+            super().__init__()
+            setattr(self, name, inner)
+
+    layer = model.model.layers[1]
+    model.model.layers[1] = Wrapper(layer, "_orig_mod")
+    meft_kernels.save_adapter(model, tmp_path)
+    assert sum(".meft." in key for key in load_file(tmp_path / WEIGHTS_NAME)) == 3 * 8
+    model.model.layers[1] = Wrapper(layer, "something_else")
+    with pytest.raises(PatchError, match=r"no tensors are named model.layers.1.meft"):
+        meft_kernels.save_adapter(model, tmp_path)
+
+
+def test_trained_weights_that_are_not_saved_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model = meft_kernels.patch(tiny_llama(), **TRAINABLE_START)
+    meft_kernels.save_adapter(model, tmp_path)
+    assert not caplog.records
+    model.model.embed_tokens.weight.requires_grad_(True)
+    meft_kernels.save_adapter(model, tmp_path)
+    assert "1 trainable parameters are neither adapters nor" in caplog.text

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import pickle
+import weakref
 from typing import Any
 
 import pytest
@@ -145,8 +147,8 @@ def test_print_trainable_parameters(capsys: pytest.CaptureFixture[str]) -> None:
     [
         ({}, 3),
         ({"variant": "meft3"}, 6),
-        ({"lam": 0.1}, 4),
-        ({"lam": 1.0}, 0),
+        ({"beta": 0.1}, 4),
+        ({"beta": 1.0}, 0),
         ({"arithmetic": "float"}, 0),
     ],
 )
@@ -206,6 +208,25 @@ def test_wrappers_are_looked_through() -> None:
     assert unwrap(model) is model.base_model.model
     assert meft_kernels.patch(model, adapters="none") is model
     assert meft_kernels.unpatch(model) is model
+
+
+def test_memory_goes_with_the_model() -> None:
+    gc.disable()  # reference cycles would only go with the collector
+    try:
+        model = meft_kernels.patch(tiny_llama(), **TRAINABLE_START).train()
+        train_step(model, tiny_batch(model))
+        meft_kernels.unpatch(model)
+        weight = weakref.ref(model.model.layers[0].mlp.up_proj.weight)
+        del model
+        assert weight() is None
+    finally:
+        gc.enable()
+
+
+def test_modules_to_save_beside_a_lora() -> None:
+    model = tiny_bert().requires_grad_(False)
+    meft_kernels.patch(model, adapters="none", modules_to_save=("classifier",))
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == {"classifier.weight", "classifier.bias"}
 
 
 def test_adapters_none_leaves_trainability_alone() -> None:

@@ -105,7 +105,7 @@ def test_calibration_leaves_headroom_and_no_trace() -> None:
 def test_fraction_bits(largest: float, bits: int) -> None:
     probe = Probe()
     probe.enter(torch.tensor([largest, largest / 2]))
-    assert probe.fraction_bits_for(2, "layers") == bits
+    assert probe.fraction_bits_for(22, "layers") == bits
     if bits:
         assert largest * 2**bits * 4 <= 2**30
 
@@ -114,7 +114,7 @@ def test_coarse_resolution_is_told(caplog: pytest.LogCaptureFixture) -> None:
     probe = Probe()
     probe.enter(torch.tensor([1e6, 1e6]))
     probe.enter(torch.tensor([1e-3, 1e-3]))
-    probe.fraction_bits_for(2, "layers")
+    probe.fraction_bits_for(22, "layers")
     assert "the start loss may move" in caplog.text
 
 
