@@ -230,8 +230,8 @@ class ReversibleStack:
             self.max_bits = max(0, (tape.arithmetic.fraction_bits or 0) - 2)
             self.arithmetic = None
             raise StreamOverflowError(
-                f"{error} fraction_bits will be calibrated anew on the next forward, to {self.max_bits} at most: repeat "
-                "this batch or go on with the next."
+                f"{error} fraction_bits will be calibrated anew on the next forward, to {self.max_bits} at most: "
+                "repeat this batch or go on with the next."
             ) from None
 
     def _before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
