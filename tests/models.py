@@ -147,8 +147,3 @@ def minilm_batch(rows: int = 4) -> dict[str, torch.Tensor]:
     texts = ["A film that knows what it wants, and gets it.", "Dull.", "Two hours that I will not get back, sadly."]
     encoded = tokenizer((texts * rows)[:rows], padding=True, return_tensors="pt")
     return {**encoded, "labels": torch.arange(rows) % 2}
-
-
-def twin(model: nn.Module, other: nn.Module) -> None:
-    """Give ``other`` the parameters of ``model``."""
-    other.load_state_dict(model.state_dict())

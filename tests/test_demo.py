@@ -11,6 +11,7 @@ from meft_kernels.demo import packages
 from meft_kernels.demo.data import batch_indices, load_texts
 from meft_kernels.demo.packages import MissingPackageError
 from meft_kernels.demo.train import footprint, learning_rate_factor
+from meft_kernels.patching import count_parameters
 
 # PEFT 0.21 asks transformers 5.23 for an attribute under its old name.
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
@@ -110,12 +111,12 @@ def test_lora_gets_the_rank_that_matches_the_parameters(minilm):
     pytest.importorskip("peft")
     import copy
 
-    from meft_kernels.demo.methods import prepare_lora, trainable_parameters
+    from meft_kernels.demo.methods import prepare_lora
 
     wanted = 600_000
     made, rank = prepare_lora(copy.deepcopy(minilm), trainable=wanted, causal=False, checkpointing=False)
     # One rank more or less is 42,000 parameters here, so the nearest is within half of that.
-    assert abs(trainable_parameters(made) - wanted) <= 21_500
+    assert abs(count_parameters(made)[0] - wanted) <= 21_500
     assert rank == 14
     assert made.base_model.model.classifier.modules_to_save["default"].weight.requires_grad
 
@@ -123,10 +124,9 @@ def test_lora_gets_the_rank_that_matches_the_parameters(minilm):
 def test_the_pooler_is_trained_beside_the_adapters(minilm):
     import copy
 
-    from meft_kernels import MeftConfig
-    from meft_kernels.demo.methods import prepare_meft
+    from meft_kernels import patch
 
-    made = prepare_meft(copy.deepcopy(minilm), MeftConfig(rank=2))
+    made = patch(copy.deepcopy(minilm), rank=2)
     trained = {name for name, parameter in made.named_parameters() if parameter.requires_grad}
     outside = {name for name in trained if ".meft." not in name}
     assert outside == {

@@ -7,8 +7,6 @@ from typing import Any, Literal
 
 from torch import nn
 
-from ..config import MeftConfig
-from ..patching import patch
 from .packages import require
 
 Method = Literal["meft", "lora", "lora_checkpointing"]
@@ -64,16 +62,6 @@ _CAUSAL = Recipe(
 def recipe_for(*, causal: bool) -> Recipe:
     """The settings for an encoder with a new head, or for a causal language model."""
     return _CAUSAL if causal else _ENCODER
-
-
-def trainable_parameters(model: nn.Module) -> int:
-    """How many parameters will be trained."""
-    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-
-
-def prepare_meft(model: nn.Module, config: MeftConfig) -> nn.Module:
-    """Adapters in every layer, and the reversible stack."""
-    return patch(model, config)
 
 
 def prepare_lora(model: nn.Module, *, trainable: int, causal: bool, checkpointing: bool) -> tuple[nn.Module, int]:

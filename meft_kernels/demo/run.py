@@ -14,9 +14,10 @@ from torch import nn
 
 from ..checkpoint import load_adapter, save_adapter
 from ..config import MeftConfig
+from ..patching import count_parameters, patch
 from ..verify import verify
 from .data import LabelledTexts, batch_indices, load_texts
-from .methods import METHODS, TITLES, Method, Recipe, prepare_lora, prepare_meft, trainable_parameters
+from .methods import METHODS, TITLES, Method, Recipe, prepare_lora
 from .models import Task
 from .train import footprint, progress, train
 
@@ -91,8 +92,8 @@ def run_demo(demo: Demo, task: Task, on_outcome: Callable[[Outcome], None] = lam
             model = copy.deepcopy(base).to(demo.device)
             rank = demo.config.rank
             if method == "meft":
-                model = prepare_meft(model, demo.config)
-                trainable = trainable_parameters(model)
+                model = patch(model, demo.config)
+                trainable = count_parameters(model)[0]
             else:
                 model, rank = prepare_lora(
                     model, trainable=trainable, causal=task.causal, checkpointing=method == "lora_checkpointing"
@@ -127,7 +128,7 @@ def _train_one(
         seed=seed,
         lr=lr,
         rank=rank,
-        trainable=trainable_parameters(model),
+        trainable=count_parameters(model)[0],
         accuracy_before=before,
         accuracy_after=_accuracy(demo, task, model, data),
         kept_bytes=size.kept,
