@@ -46,10 +46,10 @@ def real_model(name: str, dtype: torch.dtype) -> nn.Module:
     return Task(name, ("negative", "positive")).load(dtype=dtype, device=torch.device("cpu"), seed=0).train()
 
 
-def real_batch(name: str, rows: int, tokens: int) -> dict[str, torch.Tensor]:
-    """IMDB reviews cut or padded to ``tokens``: next-token labels for a causal model, classes for an encoder."""
+def real_batch(name: str, rows: int, tokens: int, seed: int = 0) -> dict[str, torch.Tensor]:
+    """IMDB reviews drawn by ``seed``, cut or padded to ``tokens``: next-token labels for a causal model, or classes."""
     task = Task(name, ("negative", "positive"), max_length=tokens)
-    reviews = load_texts("imdb", held_out=rows, seed=0).held_out
+    reviews = load_texts("imdb", held_out=rows, seed=seed).held_out
     encoded = task.tokenizer(
         reviews.texts, truncation=True, max_length=tokens, padding="max_length", return_tensors="pt"
     )
