@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import itertools
 import json
 import re
 import sys
@@ -103,6 +104,98 @@ def _case(name: str, function: Any, types: Mapping[str, str | None], constants: 
     return Case(name, function, signature, fixed, frozenset(divisible), options)
 
 
+def _adapter_case(
+    name: str, function: Any, types: Mapping[str, str | None], constants: dict[str, Any], options: dict[str, Any]
+) -> Case:
+    """A case of an adapter kernel; ``types`` maps its pointers to their types, None where nothing is passed."""
+    signature, fixed, divisible = {}, dict(constants), set()
+    for argument in function.arg_names:
+        if argument in types:
+            signature[argument] = types[argument] or "constexpr"
+            if types[argument] is None:
+                fixed[argument] = None
+            else:
+                divisible.add(argument)
+        elif argument in constants:
+            signature[argument] = "constexpr"
+        elif argument.endswith("_stride") or argument in ("columns", "size", "total"):
+            signature[argument] = "i32"
+            if constants.get("EVEN", True):
+                divisible.add(argument)
+        elif argument in ("rows", "split_rows", "seed", "threshold"):
+            signature[argument] = "i64"  # never specialised
+        else:
+            signature[argument] = "i32" if argument == "splits" else "fp32"
+    fixed = {argument: value for argument, value in fixed.items() if argument in function.arg_names}
+    return Case(name, function, signature, fixed, frozenset(divisible), options)
+
+
+def adapter_cases(*, representative: bool = False) -> Iterator[Case]:
+    """The adapter kernels: every kind worth having, or those that need most registers and shared memory."""
+    from meft_kernels.ops.adapter import triton_backward as backward
+    from meft_kernels.ops.adapter import triton_forward as forward
+    from meft_kernels.ops.adapter.triton_parts import padded_rank, tile_for
+    from meft_kernels.ops.adapter.types import ACTIVATIONS
+    from meft_kernels.ops.coupling.packing import remainder_bits
+
+    # Full: all of gelu in fp32 and bf16; other activations, fp16 and rank 8 (padded to 16) where it could matter.
+    kinds = [(rank, dtype, "gelu") for rank in (16, 64, 128, 256) for dtype in ("fp32", "bf16")]
+    if not representative:
+        kinds += [(8, "bf16", "gelu"), (8, "fp32", "gelu"), (64, "fp16", "gelu"), (256, "fp16", "gelu")]
+        kinds += [(64, dtype, name) for dtype in ("fp32", "bf16") for name in ("gelu_tanh", "relu", "silu")]
+    for rank, dtype, activation in kinds:
+        pointer, main = _POINTERS[dtype], activation == "gelu" and rank != 8 and dtype != "fp16"
+        tensors: dict[str, str | None] = dict.fromkeys(
+            ("x", "down", "down_bias", "up", "up_bias", "dy", "z_rows", "d_pre_rows"), pointer
+        )
+        variants = [(True, 8, True)]  # exact, q, even
+        if representative and rank == 64:
+            variants.append((True, 10, False))
+        if main and not representative:
+            variants += [(True, 1, True), (False, 1, True), (True, 10, False)]
+        for exact, q, even in variants:
+            tile = tile_for(rank, 64 if even else 100, narrow=dtype != "fp32")
+            constants = {
+                "ACT": ACTIVATIONS[activation], "DROPOUT": q == 10 or not exact, "RANK": rank if even else rank - 1,
+                "RANKS": padded_rank(rank), "BLOCK_M": tile.block_m, "BLOCK_K": tile.block_k, "BLOCK_H": tile.block_h,
+                "EVEN": even, "EXACT": exact, "Q": q, "SIGN": 1, "BITS": remainder_bits(q), "RESIDUAL": q > 1,
+                "LANE": True, "SKIP": q > 1,
+            }  # fmt: skip
+            stream = "*i32" if exact else pointer
+            types: dict[str, str | None] = tensors | {"stream": stream, "out": stream, "value": pointer}
+            types |= {"center": stream if q > 1 else None, "packed": "*u8" if q > 1 else None, "totals": "*i64"}
+            types |= {"into": pointer, "dx": pointer}
+            label = f"r={rank} {dtype} {activation} {f'q={q}' if exact else 'float'}{'' if even else ' odd'}"
+            for inverse in (False, True):
+                if inverse and representative and rank != 64:
+                    continue
+                name = f"adapter_{'un' if inverse else ''}couple {label}"
+                fixed = constants | {"INVERSE": inverse}
+                yield _adapter_case(name, forward.adapter_couple_kernel, types, fixed, tile.options())
+            fixed = constants | {"INVERSE": True}
+            name = f"adapter_uncouple_backward {label}"
+            yield _adapter_case(name, backward.adapter_backward_kernel, types, fixed, tile.options())
+            if exact and (q != 8 or (representative and rank == 64)):
+                nothing = dict.fromkeys(("stream", "center", "out", "value", "packed", "totals"))
+                alone = types | nothing
+                fixed |= {"LANE": False}
+                label = f"r={rank} {dtype} {activation}{'' if even else ' odd'}"
+                name = f"adapter_backward {label}"
+                yield _adapter_case(name, backward.adapter_backward_kernel, alone, fixed, tile.options())
+                alone = tensors | {"residual": pointer, "out": pointer}
+                yield _adapter_case(f"adapter {label}", forward.adapter_kernel, alone, fixed, tile.options())
+        if main or representative:
+            table = backward.WEIGHT_TILES_FP32 if dtype == "fp32" else backward.WEIGHT_TILES
+            tile = table[rank]
+            fixed = {"RANK": rank, "RANKS": rank, "BLOCK_M": tile.block_m, "BLOCK_H": tile.block_h}
+            types = tensors | {"partial": "*fp32"}
+            name = f"adapter_weights r={rank} {dtype}"
+            yield _adapter_case(name, backward.adapter_weights_kernel, types, fixed, tile.options())
+    types = {"partial": "*fp32", "out": "*i16"}
+    options = {"num_warps": 4, "enable_fp_fusion": False}
+    yield _adapter_case("sum_splits", backward.sum_splits_kernel, types, {"BLOCK": backward.SUM_BLOCK}, options)
+
+
 def _layouts(layout: str) -> dict[str, bool]:
     return {"FLAT": layout == "flat", "EVEN": layout != "odd"}
 
@@ -150,6 +243,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.aot", description=__doc__)
     parser.add_argument("--cc", type=int, nargs="+", default=list(CAPABILITIES), help="compute capabilities, as 90")
     parser.add_argument("--full", type=int, nargs="*", default=[90], help="those that get every specialisation")
+    parser.add_argument("--full-adapters", type=int, nargs="*", default=[90], help="the same for the adapter kernels")
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     options = parser.parse_args(arguments)
     import triton
@@ -159,7 +253,11 @@ def main(arguments: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as folder, triton.knobs.cache.scope():
         triton.knobs.cache.dir = folder
         for capability in options.cc:
-            for case in coupling_cases(representative=capability not in options.full):
+            cases = itertools.chain(
+                coupling_cases(representative=capability not in options.full),
+                adapter_cases(representative=capability not in options.full_adapters),
+            )
+            for case in cases:
                 used = compile_case(case, capability)
                 spilled += used.spills
                 rows.append({"kernel": case.name, "cc": capability, **used._asdict()})

@@ -2,13 +2,32 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 import threading
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers.activations import ACT2FN
+
+from . import ops
+from .ops import AdapterWeights
+from .ops.coupling.api import Impl
+
+logger = logging.getLogger(__name__)
+
+
+class FusedBranch(NamedTuple):
+    """An adapter's call that a fused kernel makes; arguments of ``ops.adapter_couple`` and its inverse."""
+
+    x: torch.Tensor
+    weights: AdapterWeights
+    activation: str
+    residual: bool
+    dropout: float
+    seed: int | None = None
 
 
 class Adapter(nn.Module):
@@ -27,10 +46,13 @@ class Adapter(nn.Module):
         *,
         down_init_std: float,
         up_init_std: float,
+        impl: Impl = "auto",
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        self.impl = impl
+        self.activation_name = activation
         self.down = nn.Linear(hidden_size, rank, device=device, dtype=dtype)
         self.activation = ACT2FN[activation]
         self.dropout = nn.Dropout(dropout)
@@ -41,8 +63,77 @@ class Adapter(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """``[..., H]`` to ``[..., H]``, in the input's dtype (autocast's, where it is on)."""
+        x = self.fused_input(hidden_states)
+        if x is not None:
+            return ops.adapter_forward(x, self.weights, self.activation_name, dropout=self.live_dropout, impl=self.impl)
         bottleneck = self.dropout(self.activation(_linear(hidden_states, self.down)))
         return _linear(bottleneck, self.up)
+
+    def add_to(self, residual: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
+        """``residual + self(hidden_states)``, in the dtype of ``residual``."""
+        x = self.fused_input(hidden_states)
+        if x is None or x.dtype != residual.dtype or x.shape != residual.shape:
+            return residual + self(hidden_states).to(residual.dtype)
+        return ops.parallel_adapter(
+            x, residual, self.weights, self.activation_name, dropout=self.live_dropout, impl=self.impl
+        )
+
+    @property
+    def weights(self) -> AdapterWeights:
+        """The parameters as the functional ops take them."""
+        return AdapterWeights(self.down.weight, self.down.bias, self.up.weight, self.up.bias)
+
+    @property
+    def live_dropout(self) -> float:
+        """Probability of dropout now; 0 in eval mode."""
+        return self.dropout.p if self.dropout.training else 0.0
+
+    def fused_input(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
+        """The hidden states in the dtype that this call computes in, for the fused kernels; None if torch is to run.
+
+        ``impl="auto"`` on CUDA takes the kernels, or warns once why it does not.
+
+        Raises:
+            RuntimeError: ``impl="triton"``, and the kernels cannot serve this call.
+        """
+        if self.impl == "torch" or (self.impl == "auto" and hidden_states.device.type != "cuda"):
+            return None
+        x = hidden_states
+        if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        reason = self._why_not_fused() or ops.why_not_fused(x, self.weights, self.activation_name)
+        if reason is None:
+            return x
+        if self.impl == "triton":
+            raise RuntimeError(f"impl='triton' cannot run an adapter: {reason}; use impl='auto' or impl='torch'")
+        _warn_once(f"adapters run in plain torch instead of Triton: {reason}")
+        return None
+
+    def fused_branch(self, hidden_states: torch.Tensor, *, residual: bool) -> FusedBranch | None:
+        """This call as the branch of a coupling step, ``hidden_states + self(hidden_states)`` with ``residual``.
+
+        None where torch is to run; see :meth:`fused_input`. The seed of dropout is left to the caller.
+        """
+        x = self.fused_input(hidden_states)
+        if x is None or (residual and x.dtype != hidden_states.dtype):  # autocast adds in the wider dtype
+            return None
+        return FusedBranch(x.detach(), self.weights, self.activation_name, residual, self.live_dropout)
+
+    def _why_not_fused(self) -> str | None:
+        """What of this module the kernels would pass by."""
+        for name, module in self.named_modules():
+            if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks:
+                return f"hooks are registered on {name or 'the adapter'}"
+        for name in ("down", "up"):
+            linear = getattr(self, name)
+            if type(linear) is not nn.Linear or type(linear.weight) not in (nn.Parameter, torch.Tensor):
+                return f"{name} is {type(linear).__name__} with a weight of type {type(linear.weight).__name__}"
+        return None
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    logger.warning("meft_kernels: %s", message)
 
 
 def _linear(x: torch.Tensor, linear: nn.Linear) -> torch.Tensor:
@@ -84,4 +175,4 @@ class FfnTap:
         hidden_states = self._pending.pop(threading.get_ident(), None)
         if hidden_states is None:
             return None
-        return output + self.adapter(hidden_states).to(output.dtype)
+        return self.adapter.add_to(output, hidden_states)

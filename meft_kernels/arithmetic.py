@@ -7,11 +7,13 @@ stream from hidden states, ``value`` gives hidden states back, ``couple`` and ``
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
 from . import ops
-from .ops import Coupled, Uncoupled
+from .adapters import FusedBranch
+from .ops import Coupled, Uncoupled, UncoupledBackward
 from .ops.coupling.api import Impl
 
 
@@ -26,6 +28,8 @@ class Arithmetic:
 
     fraction_bits: int | None
     impl: Impl = "auto"
+    fuses: ClassVar[bool] = True
+    """Whether ``couple_adapter`` may take the place of ``couple``."""
 
     def enter(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """A fresh stream equal to the hidden states, and its status (see :class:`~meft_kernels.ops.Coupled`)."""
@@ -87,5 +91,64 @@ class Arithmetic:
             fraction_bits=self.fraction_bits,
             value_dtype=value_dtype,
             inplace=True,
+            impl=self.impl,
+        )
+
+    def couple_adapter(
+        self,
+        a: torch.Tensor,
+        branch: FusedBranch,
+        coefficient: float,
+        center: torch.Tensor | None,
+        value_dtype: torch.dtype | None,
+    ) -> Coupled:
+        """``couple`` in place, with a branch that never touches memory; see :func:`meft_kernels.ops.adapter_couple`."""
+        return ops.adapter_couple(
+            a,
+            branch.x,
+            branch.weights,
+            branch.activation,
+            coefficient,
+            dropout=branch.dropout,
+            seed=branch.seed,
+            center=center,
+            residual=branch.residual,
+            fraction_bits=self.fraction_bits,
+            value_dtype=value_dtype,
+            inplace=True,
+            impl=self.impl,
+        )
+
+    def uncouple_adapter(
+        self,
+        y: torch.Tensor,
+        dy: torch.Tensor,
+        branch: FusedBranch,
+        coefficient: float,
+        remainder: torch.Tensor | None,
+        center: torch.Tensor | None,
+        value_dtype: torch.dtype | None,
+        dx_into: torch.Tensor,
+    ) -> UncoupledBackward:
+        """Inverse of :meth:`couple_adapter`, in place, and the gradients of the branch.
+
+        What comes through the branch is added to ``dx_into``, the gradient of its input.
+        """
+        return ops.adapter_uncouple_backward(
+            y,
+            dy,
+            branch.x,
+            branch.weights,
+            branch.activation,
+            coefficient,
+            remainder,
+            dropout=branch.dropout,
+            seed=branch.seed,
+            center=center,
+            residual=branch.residual,
+            fraction_bits=self.fraction_bits,
+            value_dtype=value_dtype,
+            inplace=True,
+            dx_into=dx_into,
             impl=self.impl,
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 
@@ -31,6 +32,7 @@ class Probe(Arithmetic):
     fraction_bits: int | None = None
     largest: list[torch.Tensor] = field(default_factory=list)
     rms: list[torch.Tensor] = field(default_factory=list)
+    fuses: ClassVar[bool] = False
 
     def enter(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         stream, status = super().enter(hidden_states.float())

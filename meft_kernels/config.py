@@ -75,7 +75,9 @@ class MeftConfig:
     reversible_layers: int | None = _option(
         None, "how many of the patched layers drop their activations, from the bottom; the rest keep them"
     )
-    impl: Impl = _option("auto", "implementation of the coupling ops")
+    impl: Impl = _option(
+        "auto", "implementation of the coupling and adapter ops; 'auto': Triton on CUDA, torch elsewhere"
+    )
 
     def __post_init__(self) -> None:
         for name, choices in _CHOICES.items():

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_map_only
 
-from .adapters import Adapter, FfnTap
+from .adapters import Adapter, FfnTap, FusedBranch
 from .variants import Branch
 
 if TYPE_CHECKING:
@@ -94,6 +94,12 @@ class PatchedLayer:
 
     def has(self, branch: Branch) -> bool:
         return branch != "adapter" or self.adapter is not None
+
+    def fused(self, branch: Branch, hidden_states: torch.Tensor) -> FusedBranch | None:
+        """The branch for a kernel that couples as well; None where ``run`` must compute it."""
+        if self.adapter is None or branch not in ("adapter", "residual_adapter"):
+            return None
+        return self.adapter.fused_branch(hidden_states, residual=branch == "residual_adapter")
 
     def run(self, branch: Branch, hidden_states: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:
         """Compute one branch; see :data:`meft_kernels.variants.Branch`."""

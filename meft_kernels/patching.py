@@ -283,6 +283,7 @@ def _make_adapters(
             spec.dropout(settings) if config.dropout is None else config.dropout,
             down_init_std=config.down_init_std,
             up_init_std=config.up_init_std,
+            impl=config.impl,
             device=weight.device,
             dtype=torch.float32 if config.adapter_dtype == "float32" and dtype != torch.float64 else dtype,
         ).train(layer.training)

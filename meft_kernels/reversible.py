@@ -8,15 +8,17 @@ which is the ``hidden_states`` that the next layer wants anyway; the other strea
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from collections.abc import Iterable
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
+from .adapters import FusedBranch
 from .errors import ReversibleUsageError
 from .ops import Coupled
-from .replay import seeded
+from .replay import draw_seed, seeded
 from .tape import Tape
 from .variants import Branch, Lane
 
@@ -33,6 +35,9 @@ class Layer(Protocol):
 
     def has(self, branch: Branch) -> bool:
         """Whether the branch computes anything (a bare adapter may have been left out)."""
+
+    def fused(self, branch: Branch, hidden_states: torch.Tensor) -> FusedBranch | None:
+        """The branch for a kernel that couples as well; None where ``run`` must compute it."""
 
 
 def carrier_of(stream: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -89,6 +94,22 @@ class StraightThrough(torch.autograd.Function):
         return None, None, da, -da if ctx.lane.centered else None, d_branch
 
 
+class _Given(NamedTuple):
+    """What a lane's inverse starts from."""
+
+    y: torch.Tensor
+    center: torch.Tensor
+    center_value: torch.Tensor
+    dy: torch.Tensor
+    d_center: torch.Tensor
+    """Gradient of the center so far."""
+    owned: bool
+    """Whether ``d_center`` may be written to."""
+    value_dtype: torch.dtype | None
+    wants_input: bool
+    """Whether the gradient of the center is wanted at all."""
+
+
 class Step:
     """One layer's part of one forward pass; its branches can be computed again at any time, with the same bits.
 
@@ -111,9 +132,19 @@ class Step:
 
     def _branch(self, lane: Lane, hidden_states: torch.Tensor) -> torch.Tensor:
         """The lane's branch, under random numbers of its own."""
-        seed = None if self.tape.seed is None else self.tape.seed + 2 * self.layer.index + (lane.name == "G")
-        with seeded(seed, hidden_states.device):
+        with seeded(self._seed(lane), hidden_states.device):
             return self.layer.run(lane.branch, hidden_states, self.kwargs)
+
+    def _fused(self, lane: Lane, hidden_states: torch.Tensor) -> FusedBranch | None:
+        """The lane's branch for a kernel that couples as well, with the random numbers that ``_branch`` would draw."""
+        branch = self.layer.fused(lane.branch, hidden_states) if self.tape.arithmetic.fuses else None
+        if branch is not None and branch.dropout:
+            with seeded(self._seed(lane), hidden_states.device):
+                branch = branch._replace(seed=draw_seed())
+        return branch
+
+    def _seed(self, lane: Lane) -> int | None:
+        return None if self.tape.seed is None else self.tape.seed + 2 * self.layer.index + (lane.name == "G")
 
     def _couple(
         self,
@@ -135,9 +166,12 @@ class Step:
             tape.dtype if wants_value else None,
             inplace,
         )
-        self.remainders[lane.name] = coupled.remainder
-        tape.statuses.append((self._where(lane), coupled.status))
+        self._note(lane, coupled)
         return coupled
+
+    def _note(self, lane: Lane, coupled: Coupled) -> None:
+        self.remainders[lane.name] = coupled.remainder
+        self.tape.statuses.append((self._where(lane), coupled.status))
 
     def _where(self, lane: Lane) -> str:
         return f"{lane.name} ({lane.branch.replace('_', ' ')}) of {self.layer.name}"
@@ -166,10 +200,21 @@ class Step:
             if self._is_identity(lane):
                 y, y_sum, value = a, a_sum, tape.arithmetic.value(a, tape.dtype) if wants_value else None
             else:
-                with torch.set_grad_enabled(recording):
-                    branch = self._branch(lane, center_value.detach().requires_grad_(recording)).detach()
-                coupled = self._couple(lane, a, branch, center, wants_value=wants_value, inplace=True)
-                del branch
+                fused = self._fused(lane, center_value)
+                if fused is not None:
+                    coupled = tape.arithmetic.couple_adapter(
+                        a,
+                        fused,
+                        lane.coefficient,
+                        center if lane.centered else None,
+                        tape.dtype if wants_value else None,
+                    )
+                    self._note(lane, coupled)
+                else:
+                    with torch.set_grad_enabled(recording):
+                        branch = self._branch(lane, center_value.detach().requires_grad_(recording)).detach()
+                    coupled = self._couple(lane, a, branch, center, wants_value=wants_value, inplace=True)
+                    del branch
                 y, y_sum, value = coupled.y, coupled.checksum, coupled.value
             a, center = center, y
             a_sum, center_sum = center_sum, y_sum
@@ -222,32 +267,22 @@ class Step:
         else:
             y, center, dy, d_center = tape.x2, tape.x1, d_main, d_other
         center_value = tape.arithmetic.value(center, tape.dtype)
+        owned = False  # d_center is autograd's
         with tape.autocast.restored():
             for lane in (plan.second, plan.first):
                 last = lane is plan.first
+                value_dtype = None if last else tape.dtype
                 if self._is_identity(lane):
                     a, a_value, da = y, None if last else tape.arithmetic.value(y, tape.dtype), dy
                 else:
-                    branch, from_branch = self._differentiate(
-                        lane, center_value, dy, gradients, wants_input or not last
-                    )
-                    undone = tape.arithmetic.uncouple(
-                        y,
-                        branch,
-                        lane.coefficient,
-                        self.remainders[lane.name],
-                        center if lane.centered else None,
-                        None if last else tape.dtype,
-                    )
-                    del branch
-                    a, a_value = undone.a, undone.value
-                    tape.comparisons.append((self._where(lane), undone.checksum == self.checksums[lane.name]))
+                    given = _Given(y, center, center_value, dy, d_center, owned, value_dtype, wants_input or not last)
+                    a, a_value, checksum, d_center = self._undo(lane, given, gradients)
+                    del given
+                    tape.comparisons.append((self._where(lane), checksum == self.checksums[lane.name]))
                     da = dy * lane.coefficient
-                    if from_branch is not None:
-                        d_center = d_center + from_branch
                     if lane.centered:
                         d_center = d_center - da
-                    del from_branch, undone  # not to be held while the other lane recomputes
+                    owned = True
                 y, center, dy, d_center = center, a, d_center, da
                 if a_value is not None:
                     center_value = a_value
@@ -261,6 +296,50 @@ class Step:
         if self.layer.index == tape.first_recorded:
             tape.finish()
         return (d_center, dy, gradients) if wants_input else (None, None, gradients)
+
+    def _undo(
+        self, lane: Lane, given: _Given, gradients: list[torch.Tensor | None]
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor]:
+        """Rebuild one lane's stream in place. Adds to ``gradients``.
+
+        Returns:
+            The stream, its value and its checksum, and ``d_center`` with what came through the branch.
+        """
+        tape = self.tape
+        center = given.center if lane.centered else None
+        fused = self._fused(lane, given.center_value)
+        if fused is not None:
+            undone = tape.arithmetic.uncouple_adapter(
+                given.y,
+                given.dy,
+                fused,
+                lane.coefficient,
+                self.remainders[lane.name],
+                center,
+                given.value_dtype,
+                given.d_center if given.owned else given.d_center.clone(),
+            )
+            self._collect(zip(fused.weights, undone.gradients, strict=True), gradients)
+            return undone.a, undone.value, undone.checksum, undone.dx
+        branch, from_branch = self._differentiate(lane, given.center_value, given.dy, gradients, given.wants_input)
+        plain = tape.arithmetic.uncouple(
+            given.y, branch, lane.coefficient, self.remainders[lane.name], center, given.value_dtype
+        )
+        del branch
+        d_center = given.d_center if from_branch is None else given.d_center + from_branch
+        return plain.a, plain.value, plain.checksum, d_center
+
+    def _collect(
+        self, found: Iterable[tuple[torch.Tensor, torch.Tensor | None]], gradients: list[torch.Tensor | None]
+    ) -> None:
+        """Add gradients, each with its tensor, to those of ``inputs``."""
+        places = {id(tensor): place for place, tensor in enumerate(self.inputs)}
+        for tensor, gradient in found:
+            place = places.get(id(tensor))
+            if place is None or gradient is None:
+                continue
+            held = gradients[place]
+            gradients[place] = gradient if held is None else held + gradient
 
     def _check_parameters(self) -> None:
         """The recompute must reach the parameters that forward recorded, or they would silently get no gradient."""
@@ -290,10 +369,7 @@ class Step:
             return branch.detach(), None
         found = list(torch.autograd.grad(branch, targets, dy.to(branch.dtype), allow_unused=True))
         from_branch = found.pop(0) if wants_input else None
-        for place, gradient in enumerate(found):
-            if gradient is not None:
-                held = gradients[place]
-                gradients[place] = gradient if held is None else held + gradient
+        self._collect(zip(self.inputs, found, strict=True), gradients)
         return branch.detach(), from_branch
 
     @property

@@ -19,7 +19,7 @@ Impl = Literal["auto", "torch", "triton"]
 
 MAX_FRACTION_BITS = 28
 _MAX_Q = 2**31 - 1
-_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def reciprocal(coefficient: float) -> tuple[int, int]:
@@ -46,8 +46,8 @@ def reciprocal(coefficient: float) -> tuple[int, int]:
 
 
 @functools.cache
-def _warn_fallback(reason: str) -> None:
-    logger.warning("meft_kernels: coupling runs in plain torch instead of Triton: %s", reason)
+def _warn_fallback(what: str, reason: str) -> None:
+    logger.warning("meft_kernels: %s in plain torch instead of Triton: %s", what, reason)
 
 
 @functools.cache
@@ -55,7 +55,7 @@ def _triton_installed() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-def _why_not_triton(*tensors: torch.Tensor | None) -> str | None:
+def why_not_triton(*tensors: torch.Tensor | None) -> str | None:
     """The reason why the Triton kernels cannot take these tensors, or None."""
     if not _triton_installed():
         return "triton is not installed"
@@ -73,8 +73,10 @@ def _why_not_triton(*tensors: torch.Tensor | None) -> str | None:
     return None
 
 
-def use_triton(impl: Impl, *tensors: torch.Tensor | None) -> bool:
-    """Whether these tensors go to the Triton kernels.
+def use_triton(
+    impl: str, *tensors: torch.Tensor | None, obstacle: str | None = None, what: str = "coupling runs"
+) -> bool:
+    """Whether these tensors go to the Triton kernels. ``obstacle`` is a reason why not that tensors do not show.
 
     Raises:
         ValueError: an unknown ``impl``.
@@ -85,46 +87,60 @@ def use_triton(impl: Impl, *tensors: torch.Tensor | None) -> bool:
     on_gpu = any(tensor is not None and tensor.device.type == "cuda" for tensor in tensors)
     if impl == "torch" or (impl == "auto" and not on_gpu):
         return False
-    reason = _why_not_triton(*tensors)
+    reason = obstacle or why_not_triton(*tensors)
     if reason is None:
         return True
     if impl == "triton":
         raise RuntimeError(f"impl='triton' cannot run: {reason}; use impl='auto' or impl='torch'")
-    _warn_fallback(reason)
+    _warn_fallback(what, reason)
     return False
 
 
-def _check(
+def check(
     stream: torch.Tensor,
     branch: torch.Tensor,
     center: torch.Tensor | None,
     fraction_bits: int | None,
     coefficient: float,
+    branch_name: str = "branch",
 ) -> tuple[int, int] | None:
     """Validate one lane; ``(q, sign)`` for exact streams, None for float ones."""
     if stream.dim() == 0:
         raise ValueError("a stream needs at least one dimension")
-    for name, tensor in (("branch", branch), ("center", center)):
+    for name, tensor in ((branch_name, branch), ("center", center)):
         if tensor is not None and (tensor.shape != stream.shape or tensor.device != stream.device):
             raise ValueError(
                 f"{name} is {tuple(tensor.shape)} on {tensor.device}, "
                 f"the stream {tuple(stream.shape)} on {stream.device}"
             )
-    if branch.dtype not in _FLOATS:
-        raise TypeError(f"branch must be floating point, got {branch.dtype}")
+    if branch.dtype not in FLOATS:
+        raise TypeError(f"{branch_name} must be floating point, got {branch.dtype}")
     if center is not None and center.dtype != stream.dtype:
         raise TypeError(f"center is {center.dtype}, the stream {stream.dtype}")
     if stream.dtype == torch.int32:
         if fraction_bits is None or not 0 <= fraction_bits <= MAX_FRACTION_BITS:
             raise ValueError(f"an int32 stream needs fraction_bits in [0, {MAX_FRACTION_BITS}], got {fraction_bits}")
         return reciprocal(coefficient)
-    if stream.dtype not in _FLOATS:
+    if stream.dtype not in FLOATS:
         raise TypeError(f"a stream is int32 (exact) or floating point, got {stream.dtype}")
     if fraction_bits is not None:
         raise ValueError("fraction_bits belongs to int32 streams")
     if not coefficient:
         raise ValueError("coefficient 0 has no inverse")
     return None
+
+
+def check_remainder(
+    y: torch.Tensor, remainder: torch.Tensor | None, exact: tuple[int, int] | None, coefficient: float
+) -> None:
+    """Validate the packed remainders that an inverse was given."""
+    q = exact[0] if exact is not None else 1
+    expected = packed_shape(y.shape, q) if q > 1 else None
+    actual = tuple(remainder.shape) if remainder is not None else None
+    if actual != expected:
+        raise ValueError(f"coefficient {coefficient} needs remainders of shape {expected}, got {actual}")
+    if remainder is not None and (remainder.dtype != torch.uint8 or remainder.device != y.device):
+        raise TypeError(f"remainders are uint8 on {y.device}, got {remainder.dtype} on {remainder.device}")
 
 
 def couple(
@@ -155,7 +171,25 @@ def couple(
     Raises:
         ValueError, TypeError: arguments that do not fit together, before anything is written.
     """
-    exact = _check(a, branch, center, fraction_bits, coefficient)
+    if torch.compiler.is_compiling():
+        from . import library
+
+        return library.couple(a, branch, coefficient, center, fraction_bits, value_dtype, inplace, impl)
+    return couple_now(a, branch, coefficient, center, fraction_bits, value_dtype, inplace, impl)
+
+
+def couple_now(
+    a: torch.Tensor,
+    branch: torch.Tensor,
+    coefficient: float,
+    center: torch.Tensor | None,
+    fraction_bits: int | None,
+    value_dtype: torch.dtype | None,
+    inplace: bool,
+    impl: str,
+) -> Coupled:
+    """:func:`couple`, computed here and not left to a graph."""
+    exact = check(a, branch, center, fraction_bits, coefficient)
     if use_triton(impl, a, branch, center):
         from . import triton as kernels
 
@@ -190,14 +224,27 @@ def uncouple(
     Raises:
         ValueError, TypeError: arguments that do not fit together, before anything is written.
     """
-    exact = _check(y, branch, center, fraction_bits, coefficient)
-    q = exact[0] if exact is not None else 1
-    expected = packed_shape(y.shape, q) if q > 1 else None
-    actual = tuple(remainder.shape) if remainder is not None else None
-    if actual != expected:
-        raise ValueError(f"coefficient {coefficient} needs remainders of shape {expected}, got {actual}")
-    if remainder is not None and (remainder.dtype != torch.uint8 or remainder.device != y.device):
-        raise TypeError(f"remainders are uint8 on {y.device}, got {remainder.dtype} on {remainder.device}")
+    if torch.compiler.is_compiling():
+        from . import library
+
+        return library.uncouple(y, branch, coefficient, remainder, center, fraction_bits, value_dtype, inplace, impl)
+    return uncouple_now(y, branch, coefficient, remainder, center, fraction_bits, value_dtype, inplace, impl)
+
+
+def uncouple_now(
+    y: torch.Tensor,
+    branch: torch.Tensor,
+    coefficient: float,
+    remainder: torch.Tensor | None,
+    center: torch.Tensor | None,
+    fraction_bits: int | None,
+    value_dtype: torch.dtype | None,
+    inplace: bool,
+    impl: str,
+) -> Uncoupled:
+    """:func:`uncouple`, computed here and not left to a graph."""
+    exact = check(y, branch, center, fraction_bits, coefficient)
+    check_remainder(y, remainder, exact, coefficient)
     if use_triton(impl, y, branch, center):
         from . import triton as kernels
 

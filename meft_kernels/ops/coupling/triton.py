@@ -27,15 +27,25 @@ import torch
 import triton
 import triton.language as tl
 
+from ..kernel_parts import (
+    FP32_MAX,
+    LANES,
+    LIMIT,
+    NON_FINITE_FLAG,
+    OVERFLOW_FLAG,
+    as_bits,
+    as_rows,
+    floor_divide,
+    load_float,
+    pack,
+    quantise,
+    round_like,
+    store_value,
+    unpack_part,
+)
 from . import reference
 from .packing import GROUP, packed_shape, remainder_bits
-from .types import INT_LIMIT, NON_FINITE, OVERFLOW, Coupled, Uncoupled
-
-_LANES = tl.constexpr(GROUP)
-_LIMIT = tl.constexpr(INT_LIMIT)
-_OVERFLOW, _NON_FINITE = tl.constexpr(OVERFLOW), tl.constexpr(NON_FINITE)
-_FP32_MAX = tl.constexpr(3.4028234663852886e38)
-_FP32_INTEGERS = tl.constexpr(8388608.0)  # 2^23: an fp32 of this size or more has no fraction
+from .types import Coupled, Uncoupled
 
 
 @triton.jit
@@ -45,18 +55,18 @@ def _tile(groups, row_groups, columns, BLOCK: tl.constexpr, FLAT: tl.constexpr, 
     # the mask is then constant along a group, which lets loads be vectorised.
     start = tl.program_id(0).to(tl.int64) * BLOCK
     local = tl.arange(0, BLOCK)
-    lane = tl.arange(0, _LANES)[None, :]
+    lane = tl.arange(0, LANES)[None, :]
     group = start + local
     inside = group < groups
     row = group
     if FLAT:
-        column = group[:, None] * _LANES + lane
+        column = group[:, None] * LANES + lane
     else:
         # One 64-bit division a program, 32-bit ones a group: a 64-bit division costs some hundred instructions.
         first = start // row_groups
         local = (start - first * row_groups).to(tl.int32) + local
         row = first + local // row_groups
-        column = (local % row_groups).to(tl.int64)[:, None] * _LANES + lane
+        column = (local % row_groups).to(tl.int64)[:, None] * LANES + lane
     mask = inside[:, None]
     if not EVEN:
         mask = mask & (column < columns)
@@ -68,86 +78,6 @@ def _offsets(row, column, stride, FLAT: tl.constexpr):
     if FLAT:
         return column
     return row[:, None] * stride + column
-
-
-@triton.jit
-def _load_float(pointer, offsets, mask):
-    """fp32 values of an fp32, fp16 or (as int16 bits) bf16 tensor."""
-    values = tl.load(pointer + offsets, mask=mask, other=0)
-    if pointer.dtype.element_ty == tl.int16:
-        return (values.to(tl.int32) << 16).to(tl.float32, bitcast=True)
-    return values.to(tl.float32)
-
-
-@triton.jit
-def _round_like(values, pointer):
-    """fp32 values as the tensor behind `pointer` stores them, and what is then read back, in fp32."""
-    if pointer.dtype.element_ty == tl.int16:
-        bits = values.to(tl.uint32, bitcast=True)
-        is_nan = (bits & 0x7FFFFFFF) > 0x7F800000
-        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-        bits = tl.where(is_nan, 0x7FC0, bits)  # the carry would turn some NaNs into zero
-        return bits.to(tl.int16), (bits << 16).to(tl.float32, bitcast=True)
-    stored = values.to(pointer.dtype.element_ty)
-    return stored, stored.to(tl.float32)
-
-
-@triton.jit
-def _quantise(values, scale):
-    """round(values * scale) to nearest even, as int32, and status flags per element; 0 where it does not fit."""
-    scaled = values * scale
-    magnitude = tl.abs(scaled)
-    fits = magnitude < _LIMIT  # false for NaN
-    status = tl.where(fits, 0, tl.where(magnitude <= _FP32_MAX, _OVERFLOW, _OVERFLOW | _NON_FINITE))
-    magnitude = tl.where(fits, magnitude, 0.0)
-    # No rint in the interpreter: adding 2^23 leaves no room for a fraction, so the adder itself rounds to nearest even.
-    magnitude = tl.where(magnitude < _FP32_INTEGERS, (magnitude + _FP32_INTEGERS) - _FP32_INTEGERS, magnitude)
-    integer = magnitude.to(tl.int32)
-    return tl.where(scaled < 0, -integer, integer), status
-
-
-@triton.jit
-def _floor_divide(d, Q: tl.constexpr, BITS: tl.constexpr):
-    """Floor division by Q >= 2 and its remainder in [0, Q)."""
-    if Q == 1 << BITS:
-        return d >> BITS, d & (Q - 1)
-    # `//` truncates in compiled code; on non-negative numbers truncation and floor agree, and ~d = -1 - d cannot wrap.
-    quotient = tl.where(d < 0, ~d, d) // Q
-    quotient = tl.where(d < 0, ~quotient, quotient)
-    return quotient, d - quotient * Q
-
-
-@triton.jit
-def _pack_part(packed, part, group, groups, inside, PLANE: tl.constexpr, WIDTH: tl.constexpr):
-    if WIDTH > 4:
-        part = part.to(tl.int64)
-    word = tl.sum(part << (tl.arange(0, _LANES)[None, :] * WIDTH), axis=1)  # disjoint bits: the sum is their union
-    for byte in tl.static_range(WIDTH):
-        tl.store(packed + (PLANE + byte) * groups + group, (word >> (8 * byte)).to(tl.uint8), mask=inside)
-
-
-@triton.jit
-def _pack(packed, rest, group, groups, inside, BITS: tl.constexpr):
-    for plane in tl.static_range(0, BITS, 8):
-        part = (rest >> plane) & 0xFF
-        _pack_part(packed, part, group, groups.to(tl.int64), inside, plane, min(8, BITS - plane))
-
-
-@triton.jit
-def _unpack_part(packed, group, groups, inside, PLANE: tl.constexpr, WIDTH: tl.constexpr):
-    word = tl.load(packed + PLANE * groups + group, mask=inside, other=0).to(tl.int64 if WIDTH > 4 else tl.int32)
-    for byte in tl.static_range(1, WIDTH):
-        value = tl.load(packed + (PLANE + byte) * groups + group, mask=inside, other=0)
-        word = word | (value.to(word.dtype) << (8 * byte))
-    lanes = word[:, None] >> (tl.arange(0, _LANES)[None, :] * WIDTH)
-    return (lanes & ((1 << WIDTH) - 1)).to(tl.int32) << PLANE
-
-
-@triton.jit
-def _store_value(value, values, row, column, stride, mask, FLAT: tl.constexpr):
-    if value is not None:
-        stored, _ = _round_like(values, value)
-        tl.store(value + _offsets(row, column, stride, FLAT), stored, mask=mask)
 
 
 # Row counts change from batch to batch and must not recompile anything; strides are properties of the model, and their
@@ -165,18 +95,18 @@ def couple_exact_kernel(
 ):  # fmt: skip
     """Forward on int32 streams."""
     group, inside, row, column, mask = _tile(groups, row_groups, columns, BLOCK, FLAT, EVEN)
-    values = _load_float(branch, _offsets(row, column, branch_stride, FLAT), mask)
+    values = load_float(branch, _offsets(row, column, branch_stride, FLAT), mask)
     d = tl.load(a + _offsets(row, column, a_stride, FLAT), mask=mask, other=0)
     if center is not None:
         d -= tl.load(center + _offsets(row, column, center_stride, FLAT), mask=mask, other=0)
-    integer, status = _quantise(values, scale)
+    integer, status = quantise(values, scale)
     if Q > 1:
-        d, rest = _floor_divide(d, Q, BITS)
-        _pack(packed, rest, group, groups, inside, BITS)
+        d, rest = floor_divide(d, Q, BITS)
+        pack(packed, rest, group, groups, inside, BITS)
     new = integer + d * SIGN
-    status = tl.where((new <= -_LIMIT) | (new >= _LIMIT), status | _OVERFLOW, status)
+    status = tl.where((new <= -LIMIT) | (new >= LIMIT), status | OVERFLOW_FLAG, status)
     tl.store(y + _offsets(row, column, y_stride, FLAT), new, mask=mask)
-    _store_value(value, new.to(tl.float32) * inverse_scale, row, column, value_stride, mask, FLAT)
+    store_value(value, new.to(tl.float32) * inverse_scale, _offsets(row, column, value_stride, FLAT), mask)
     tl.atomic_add(totals, tl.sum(new.to(tl.int64)), sem="relaxed")
     flags = tl.max(status)  # NON_FINITE never comes alone, so the largest is the union
     tl.atomic_or(totals + 1, flags.to(tl.int64), mask=flags != 0, sem="relaxed")
@@ -192,16 +122,16 @@ def uncouple_exact_kernel(
 ):  # fmt: skip
     """Inverse on int32 streams."""
     group, inside, row, column, mask = _tile(groups, row_groups, columns, BLOCK, FLAT, EVEN)
-    values = _load_float(branch, _offsets(row, column, branch_stride, FLAT), mask)
+    values = load_float(branch, _offsets(row, column, branch_stride, FLAT), mask)
     old = tl.load(y + _offsets(row, column, y_stride, FLAT), mask=mask, other=0)
-    integer, _ = _quantise(values, scale)
+    integer, _ = quantise(values, scale)
     old = (old - integer) * (SIGN * Q)
     for plane in tl.static_range(0, BITS, 8):
-        old += _unpack_part(packed, group, groups.to(tl.int64), inside, plane, min(8, BITS - plane))
+        old += unpack_part(packed, group, groups.to(tl.int64), inside, plane, min(8, BITS - plane))
     if center is not None:
         old += tl.load(center + _offsets(row, column, center_stride, FLAT), mask=mask, other=0)
     tl.store(a + _offsets(row, column, a_stride, FLAT), old, mask=mask)
-    _store_value(value, old.to(tl.float32) * inverse_scale, row, column, value_stride, mask, FLAT)
+    store_value(value, old.to(tl.float32) * inverse_scale, _offsets(row, column, value_stride, FLAT), mask)
     tl.atomic_add(totals, tl.sum(old.to(tl.int64)), sem="relaxed")
 
 
@@ -214,22 +144,22 @@ def float_kernel(
 ):  # fmt: skip
     """Forward and inverse on floating-point streams."""
     _, _, row, column, mask = _tile(groups, row_groups, columns, BLOCK, FLAT, EVEN)
-    values = _load_float(branch, _offsets(row, column, branch_stride, FLAT), mask)
-    old = _load_float(stream, _offsets(row, column, stream_stride, FLAT), mask)
-    factor = tl.full((BLOCK, _LANES), coefficient, tl.float32)
+    values = load_float(branch, _offsets(row, column, branch_stride, FLAT), mask)
+    old = load_float(stream, _offsets(row, column, stream_stride, FLAT), mask)
+    factor = tl.full((BLOCK, LANES), coefficient, tl.float32)
     if INVERSE:
         new = tl.div_rn(old - values, factor)
         if center is not None:
-            new += _load_float(center, _offsets(row, column, center_stride, FLAT), mask)
+            new += load_float(center, _offsets(row, column, center_stride, FLAT), mask)
     else:
         if center is not None:
-            old -= _load_float(center, _offsets(row, column, center_stride, FLAT), mask)
+            old -= load_float(center, _offsets(row, column, center_stride, FLAT), mask)
         new = values + old * factor
-    stored, new = _round_like(new, out)
+    stored, new = round_like(new, out)
     tl.store(out + _offsets(row, column, out_stride, FLAT), stored, mask=mask)
-    _store_value(value, new, row, column, value_stride, mask, FLAT)
+    store_value(value, new, _offsets(row, column, value_stride, FLAT), mask)
     if not INVERSE:
-        flags = tl.max(tl.where(tl.abs(new) <= _FP32_MAX, 0, _NON_FINITE))
+        flags = tl.max(tl.where(tl.abs(new) <= FP32_MAX, 0, NON_FINITE_FLAG))
         tl.atomic_or(totals + 1, flags.to(tl.int64), mask=flags != 0, sem="relaxed")
 
 
@@ -241,19 +171,6 @@ OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}  # a fused multiply-add wo
 # of a 16-bit tensor in flight, and few programs whose atomics share one address. Below 256 such programs 132 SMs would
 # not fill, so small tensors are cut finer. Reasoned, not measured.
 BLOCKS = ((65536, 256), (0, 64))
-
-
-def _bits(tensor: torch.Tensor | None) -> torch.Tensor | None:
-    return tensor.view(torch.int16) if tensor is not None and tensor.dtype == torch.bfloat16 else tensor
-
-
-def _rows(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor as rows of its last dimension with unit stride in it: a view where there is one, else a copy."""
-    columns = tensor.shape[-1]
-    if columns == 1 or tensor.stride(-1) == 1:
-        with contextlib.suppress(RuntimeError):
-            return tensor.view(-1, columns)
-    return tensor.contiguous().view(-1, columns)
 
 
 def _launch(
@@ -274,11 +191,11 @@ def _launch(
     out = stream if inplace else torch.empty(stream.shape, dtype=stream.dtype, device=stream.device)
     totals = torch.zeros(2, dtype=torch.int64, device=stream.device)  # checksum and status, cleared by one memset
     if stream.numel():
-        source = _rows(stream)
+        source = as_rows(stream)
         if inplace and source.shape[0] > 1 and source.stride(0) < source.shape[1]:
             source = stream.contiguous().view(source.shape)  # expanded: torch's copy_ below refuses to write it
-        target = source if inplace else _rows(out)
-        tensors = [None if tensor is None else _rows(tensor) for tensor in (source, branch, center, target, value)]
+        target = source if inplace else as_rows(out)
+        tensors = [None if tensor is None else as_rows(tensor) for tensor in (source, branch, center, target, value)]
 
         rows, columns = source.shape
         dense = all(tensor is None or tensor.is_contiguous() for tensor in tensors)
@@ -297,7 +214,7 @@ def _launch(
         block = next(size for least, size in BLOCKS if groups >= least)
         with torch.cuda.device(stream.device) if stream.is_cuda else contextlib.nullcontext():
             kernel[(-(-groups // block),)](
-                *map(_bits, tensors), packed, totals, groups, row_groups, columns, *strides, *scalars,
+                *map(as_bits, tensors), packed, totals, groups, row_groups, columns, *strides, *scalars,
                 **constants, BLOCK=block, FLAT=flat, EVEN=columns % GROUP == 0, **OPTIONS,
             )  # fmt: skip
         if inplace and target.data_ptr() != stream.data_ptr():
