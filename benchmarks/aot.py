@@ -249,7 +249,7 @@ def main(arguments: list[str] | None = None) -> int:
     import triton
 
     spilled, rows = 0, []
-    print(f"{'kernel':44} {'cc':>4} {'registers':>9} {'spill bytes':>11} {'shared':>7}")
+    print(f"{'kernel':44} {'cc':>4} {'threads':>7} {'registers':>9} {'spill bytes':>11} {'shared':>7}")
     with tempfile.TemporaryDirectory() as folder, triton.knobs.cache.scope():
         triton.knobs.cache.dir = folder
         for capability in options.cc:
@@ -260,9 +260,13 @@ def main(arguments: list[str] | None = None) -> int:
             for case in cases:
                 used = compile_case(case, capability)
                 spilled += used.spills
-                rows.append({"kernel": case.name, "cc": capability, **used._asdict()})
+                threads = 32 * case.options["num_warps"]
+                rows.append({"kernel": case.name, "cc": capability, "threads": threads, **used._asdict()})
                 spill = max(used.stack, used.spill_stores + used.spill_loads)
-                print(f"{case.name:44} {capability:4} {used.registers:9} {spill:11} {used.shared:7}", flush=True)
+                print(
+                    f"{case.name:44} {capability:4} {threads:7} {used.registers:9} {spill:11} {used.shared:7}",
+                    flush=True,
+                )
     if options.json:
         options.json.write_text(json.dumps(rows, indent=1))
     return int(spilled > 0)

@@ -58,8 +58,8 @@ WEIGHT_TILES = {
     16: Tile(64, 0, 64, 4, 2),
     32: Tile(64, 0, 64, 4, 2),
     64: Tile(64, 0, 64, 4, 2),
-    128: Tile(32, 0, 64, 8, 2),
-    256: Tile(16, 0, 32, 8, 2),
+    128: Tile(32, 0, 32, 4, 2),
+    256: Tile(16, 0, 16, 4, 2),
 }
 WEIGHT_TILES_FP32 = {
     16: Tile(16, 0, 32, 4, 2),
@@ -70,7 +70,7 @@ WEIGHT_TILES_FP32 = {
 }
 PROGRAMS = 256
 """Programs that the weight gradients are split into, about: two a multiprocessor of the largest GPUs."""
-MIN_ROWS = 128
+MIN_ROWS = 256
 """Fewest rows of a split: each costs 8 r bytes a column of workspace."""
 SUM_BLOCK = 1024
 

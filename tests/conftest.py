@@ -1,0 +1,9 @@
+"""One thread a worker: small tensors gain nothing from more, and workers would fight for the cores."""
+
+import os
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests start, too
+    import torch
+
+    torch.set_num_threads(1)
