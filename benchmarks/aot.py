@@ -1,7 +1,8 @@
 """Compile the Triton kernels without a GPU and report what each one takes of it.
 
-``python -m benchmarks.aot`` prints a table (kernel, compute capability, registers, spills, shared memory) and exits
-with 1 if a kernel spills (but for ``KNOWN_SPILLS``). The figures are ptxas's own (its ``-v`` report), taken from the run that makes the binary.
+``python -m benchmarks.aot`` prints a table (kernel, compute capability, threads, registers, spills, shared memory) and
+exits with 1 if a kernel spills (but for ``KNOWN_SPILLS``). The figures are ptxas's own (its ``-v`` report), taken from
+the run that makes the binary.
 """
 
 from __future__ import annotations

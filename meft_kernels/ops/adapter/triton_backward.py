@@ -8,11 +8,11 @@ Bytes per element of the hidden states, s and k as in ``triton_forward``:
     weights              x s, dy s                                                     2 r / rows-of-a-split fp32
     sum of the splits    that workspace                                                weights
 
-To these come z and the bottleneck's gradient, 4 s r / H in all, and 16 r / rows a split for the workspace. Exact, bf16,
-coefficient 1, bare adapter: 16 bytes for the first kernel (y 4, a 4, x 2, dy 2, dx 2 + 2), which is the floor, and 4 for
-the second reading of x and dy: weight gradients need a bottleneck that is known only after a whole row. ``skip`` and
-``residual`` read dy and x once more, from L2 mostly. Counted by ``benchmarks.byte_account`` (256 x 512, r = 8): 20.9
-bytes, 29 % over the floor, at 4.6 flops a byte.
+To these come z and the bottleneck's gradient, 4 s r / H in all, and 16 r / rows a split for the workspace. Exact,
+bf16, coefficient 1, bare adapter: 16 bytes for the first kernel (y 4, a 4, x 2, dy 2, dx 2 + 2), which is the floor,
+and 4 for the second reading of x and dy: weight gradients need a bottleneck that is known only after a whole row.
+``skip`` and ``residual`` read dy and x once more, from L2 mostly. Counted by ``benchmarks.byte_account`` (256 x 512,
+r = 8): 20.9 bytes, 29 % over the floor, at 4.6 flops a byte.
 
 No float is added atomically. The rows are split by the shape alone and the splits added in their order, so gradients
 are the same bits in every run.
