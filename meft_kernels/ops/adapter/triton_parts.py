@@ -77,9 +77,9 @@ TILES_FP32 = {
 }
 # Odd widths: masks and addresses of single elements take registers, so tiles are small.
 ODD_TILES = {
-    16: Tile(32, 16, 16, 4, 1),
-    32: Tile(32, 16, 16, 4, 1),
-    64: Tile(32, 16, 16, 4, 1),
+    16: Tile(16, 16, 16, 4, 1),
+    32: Tile(16, 16, 16, 4, 1),
+    64: Tile(16, 16, 16, 4, 1),
     128: Tile(16, 16, 16, 4, 1),
     256: Tile(16, 16, 16, 8, 1),
 }
