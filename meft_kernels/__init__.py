@@ -1,7 +1,7 @@
 """Reversible fine-tuning of pretrained transformers: no activations kept, gradients exact at any depth."""
 
 from . import ops
-from .architectures import ArchitectureSpec, register_architecture, supported_model_types
+from .architectures import ArchitectureSpec, LayerSpec, register_architecture, supported_model_types
 from .checkpoint import load_adapter, save_adapter
 from .config import MeftConfig
 from .describe import Description, describe, print_trainable_parameters
@@ -22,6 +22,7 @@ __all__ = [
     "AdapterFileError",
     "ArchitectureSpec",
     "Description",
+    "LayerSpec",
     "MeftConfig",
     "MeftError",
     "NonFiniteError",

@@ -12,7 +12,8 @@ from torch import nn
 from torch.utils._pytree import tree_map_only
 
 from .adapters import Adapter, FfnTap, FusedBranch
-from .variants import Branch
+from .architectures import LayerSpec
+from .variants import Branch, Plan
 
 if TYPE_CHECKING:
     from .stack import ReversibleStack
@@ -29,14 +30,13 @@ class PatchedLayer:
         stack: ReversibleStack,
         module: nn.Module,
         index: int,
-        name: str,
         adapter: Adapter | None,
         tap: FfnTap | None,
     ) -> None:
         self.stack = stack
         self.module = module
         self.index = index
-        self.name = name
+        self.name = f"{stack.name}.{index}"
         self.adapter = adapter
         self.tap = tap
         self._instance_forward = vars(module).get("forward")  # another library's, bound before ours
@@ -46,7 +46,14 @@ class PatchedLayer:
             for parameter in inspect.signature(type(module).forward).parameters.values()
             if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)
         ][1:]
-        self._extras: list[Any] | None = None
+
+    @property
+    def spec(self) -> LayerSpec:
+        return self.stack.spec
+
+    @property
+    def plan(self) -> Plan:
+        return self.stack.plan
 
     @property
     def original(self) -> Callable[..., Any]:
@@ -81,15 +88,11 @@ class PatchedLayer:
             raise TypeError(f"{self.name} got {len(args)} positional arguments, it takes {len(self._parameters)}")
         kwargs.update(zip(self._parameters, args, strict=False))
         hidden_states = kwargs.pop(self._parameters[0])
-        extras: list[Any] = []
-        self._extras = extras
         try:
-            hidden_states = self.stack.run(self, hidden_states, kwargs)
+            hidden_states, extras = self.stack.run(self, hidden_states, kwargs)
         except BaseException:
             self.stack.abandon()
             raise
-        finally:
-            self._extras = None
         return (hidden_states, *extras) if extras else hidden_states
 
     def has(self, branch: Branch) -> bool:
@@ -101,25 +104,30 @@ class PatchedLayer:
             return None
         return self.adapter.fused_branch(hidden_states, residual=branch == "residual_adapter")
 
-    def run(self, branch: Branch, hidden_states: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:
-        """Compute one branch; see :data:`meft_kernels.variants.Branch`."""
-        spec = self.stack.spec
+    def run(
+        self, branch: Branch, hidden_states: torch.Tensor, kwargs: dict[str, Any]
+    ) -> tuple[torch.Tensor, tuple[Any, ...]]:
+        """Compute one branch; see :data:`meft_kernels.variants.Branch`.
+
+        Returns:
+            Its hidden states, and what else the layer returns if this branch is what makes it (attention weights, T5's
+            position biases).
+        """
+        extras: tuple[Any, ...] = ()
         if branch == "layer":
-            output = self.original(hidden_states, **kwargs)
-            if isinstance(output, tuple):
-                if self._extras is not None:
-                    # Attention weights and the like: for the caller to look at, not to differentiate.
-                    self._extras.extend(tree_map_only(torch.Tensor, torch.Tensor.detach, output[1:]))
-                output = output[0]
-            return output
+            return _split(self.original(hidden_states, **kwargs))
         if branch == "mlp":
-            return spec.mlp_block(self.module, hidden_states, **kwargs)
+            return self.spec.mlp_block(self.module, hidden_states, **kwargs), ()
         if branch == "attention":
-            hidden_states = spec.attention_block(self.module, hidden_states, **kwargs)
+            hidden_states, extras = _split(self.spec.attention_block(self.module, hidden_states, **kwargs))
         if self.adapter is None:
-            return hidden_states if branch != "adapter" else torch.zeros_like(hidden_states)
+            return (hidden_states if branch != "adapter" else torch.zeros_like(hidden_states)), extras
         adapted = self.adapter(hidden_states)
-        return adapted if branch == "adapter" else hidden_states + adapted
+        return (adapted if branch == "adapter" else hidden_states + adapted), extras
+
+
+def _split(output: Any) -> tuple[torch.Tensor, tuple[Any, ...]]:
+    return (output[0], tuple(output[1:])) if isinstance(output, tuple | list) else (output, ())
 
 
 def without_cache(kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 import logging
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import nn
 
 from .adapters import Adapter, FfnTap
-from .architectures import ArchitectureSpec, find_architecture, supported_model_types
+from .architectures import ArchitectureSpec, LayerSpec, find_architecture, supported_model_types
 from .config import MeftConfig
 from .errors import PatchError, UnsupportedModelError
 from .layer import PatchedLayer
@@ -72,8 +72,10 @@ def patch(model: Model, config: MeftConfig | None = None, **overrides: Any) -> M
     base = unwrap(model)
     spec = _find_spec(base)
     lists = _find_layers(base, spec)
+    if (objection := spec.objection(base.config, config)) is not None:
+        raise UnsupportedModelError(f"{type(base).__name__} cannot be patched with these settings: {objection}")
     _check_trainable(base, lists, config)
-    adapters = [[_make_adapters(layer, base, spec, config) for layer in layers] for _, _, layers in lists]
+    adapters = [[_make_adapters(layer, base, spec, config) for layer in found.layers] for found in lists]
     trained = _modules_to_train(base, spec, config)
 
     # Nothing was changed so far, and nothing can fail from here on.
@@ -82,10 +84,7 @@ def patch(model: Model, config: MeftConfig | None = None, **overrides: Any) -> M
         base.requires_grad_(False)
     for name in trained:
         base.get_submodule(name).requires_grad_(True)
-    stacks = [
-        _bind(owner, name, layers, made, spec, config)
-        for (owner, name, layers), made in zip(lists, adapters, strict=True)
-    ]
+    stacks = [_bind(found, made, spec, base.config, config) for found, made in zip(lists, adapters, strict=True)]
     object.__setattr__(base, _STATE, PatchState(config, stacks, trained, required_grad))
     trainable, total = count_parameters(base)
     logger.info(
@@ -183,17 +182,31 @@ def _find_spec(model: nn.Module) -> ArchitectureSpec:
         what = (
             f"model type {model_type!r}" if model_type else f"{type(model).__name__}, which has no config.model_type,"
         )
-        raise UnsupportedModelError(f"{what} is not supported; supported are: {', '.join(supported_model_types())}")
+        raise UnsupportedModelError(
+            f"{what} is not supported; supported are: {', '.join(supported_model_types())}. A family of your own is "
+            "made known with meft_kernels.register_architecture"
+        )
     return spec
 
 
-def _find_layers(model: nn.Module, spec: ArchitectureSpec) -> list[tuple[nn.Module, str, list[nn.Module]]]:
-    """Every list of the family's layers: (the model whose forward loops over it, qualified name, layers)."""
+class _LayerList(NamedTuple):
+    """One list of a family's layers in a model."""
+
+    owner: nn.Module
+    """The model whose forward loops over it."""
+    name: str
+    """Qualified name."""
+    layers: list[nn.Module]
+    spec: LayerSpec
+
+
+def _find_layers(model: nn.Module, spec: ArchitectureSpec) -> list[_LayerList]:
     found = []
     for name, module in model.named_modules():
         if not isinstance(module, nn.ModuleList) or not len(module):
             continue
-        if all(spec.layer_class in {cls.__name__ for cls in type(layer).__mro__} for layer in module):
+        kind = next((kind for kind in spec.layers if all(kind.matches(layer) for layer in module)), None)
+        if kind is not None:
             parents = [
                 name.rsplit(".", depth)[0] if depth <= name.count(".") else ""
                 for depth in range(1, name.count(".") + 2)
@@ -203,13 +216,14 @@ def _find_layers(model: nn.Module, spec: ArchitectureSpec) -> list[tuple[nn.Modu
             owner = next(
                 (owner for owner in owners if hasattr(owner, "config") and hasattr(owner, "base_model_prefix")), model
             )
-            found.append((owner, name, list(module)))
+            found.append(_LayerList(owner, name, list(module), kind))
     if not found:
-        raise UnsupportedModelError(f"{type(model).__name__} holds no list of {spec.layer_class} layers")
+        names = [name for kind in spec.layers for name in kind.class_names]
+        raise UnsupportedModelError(f"{type(model).__name__} holds no list of layers named {' or '.join(names)}")
     return found
 
 
-def _check_trainable(model: nn.Module, lists: list[tuple[nn.Module, str, list[nn.Module]]], config: MeftConfig) -> None:
+def _check_trainable(model: nn.Module, lists: list[_LayerList], config: MeftConfig) -> None:
     """Refuse, before anything is changed, what could not train."""
     quantizer = getattr(model, "hf_quantizer", None)
     if quantizer is not None and not getattr(quantizer, "is_trainable", True):
@@ -217,7 +231,7 @@ def _check_trainable(model: nn.Module, lists: list[tuple[nn.Module, str, list[nn
             f"the model is quantised by {type(quantizer).__name__}, which gives no gradients: load it with a method "
             "that trains (bitsandbytes 4-bit, torchao), or dequantised"
         )
-    for _, name, layers in lists:
+    for _, name, layers, _ in lists:
         tensors = [tensor for layer in layers for tensor in (*layer.parameters(), *layer.buffers())]
         if any(tensor.is_meta for tensor in tensors):
             raise UnsupportedModelError(
@@ -292,18 +306,19 @@ def _make_adapters(
 
 
 def _bind(
-    owner: nn.Module,
-    name: str,
-    layers: list[nn.Module],
+    found: _LayerList,
     adapters: list[dict[str, Adapter]],
-    spec: ArchitectureSpec,
+    architecture: ArchitectureSpec,
+    model_config: Any,
     config: MeftConfig,
 ) -> ReversibleStack:
-    stack = ReversibleStack(owner, name, spec, config, config.frozen_layers)
+    owner, name, layers, spec = found
+    layerdrop = spec.layerdrop(model_config) > 0
+    stack = ReversibleStack(owner, name, architecture, spec, config, layerdrop=layerdrop)
     for index in range(config.frozen_layers, len(layers)):
         layer, made = layers[index], adapters[index]
         tap = FfnTap(made["ffn"], spec.ffn_reads(layer), spec.ffn_writes(layer), stack) if made else None
-        patched = PatchedLayer(stack, layer, index, f"{name}.{index}", made.get("stream"), tap)
+        patched = PatchedLayer(stack, layer, index, made.get("stream"), tap)
         if made:
             layer.add_module(_ADAPTERS, nn.ModuleDict(made).train(layer.training))
         patched.bind()

@@ -19,14 +19,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from .architectures import ArchitectureSpec
+from .architectures import ArchitectureSpec, LayerSpec
 from .arithmetic import Arithmetic
 from .calibration import MAX_CALIBRATED_BITS, Probe
 from .config import MeftConfig
 from .errors import ReversibleUsageError, StreamOverflowError
 from .layer import CACHE_ARGUMENTS, PatchedLayer, differentiable, without_cache
 from .replay import draw_seed, seeded
-from .reversible import Enter, Exit, Reversible, Step
+from .reversible import Enter, Exit, Reversible
+from .step import Step
 from .tape import Observer, Tape
 from .variants import make_plan
 
@@ -51,15 +52,27 @@ class _Pass:
 class ReversibleStack:
     """The patched layers of one ``nn.ModuleList`` and the state of the forward passes through them."""
 
-    def __init__(self, owner: nn.Module, name: str, spec: ArchitectureSpec, config: MeftConfig, first: int) -> None:
+    def __init__(
+        self,
+        owner: nn.Module,
+        name: str,
+        architecture: ArchitectureSpec,
+        spec: LayerSpec,
+        config: MeftConfig,
+        *,
+        layerdrop: bool,
+    ) -> None:
         self.owner = owner
         """The model whose forward loops over the layers."""
         self.name = name
-        self.spec = spec
+        # By its place in the family's spec, which alone can be pickled.
+        self._architecture, self._kind = architecture, architecture.layers.index(spec)
+        self.layerdrop = layerdrop
+        """Whether the owner leaves out layers at random in training."""
         self.config = config
         self.plan = make_plan(config)
         self.engine = config.engine
-        self.first = first
+        self.first = config.frozen_layers
         self.layers: list[PatchedLayer] = []
         self.arithmetic: Arithmetic | None = None
         """None until the first batch has chosen ``fraction_bits``."""
@@ -83,6 +96,10 @@ class ReversibleStack:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._local = threading.local()
+
+    @property
+    def spec(self) -> LayerSpec:
+        return self._architecture.layers[self._kind]
 
     @property
     def reversible_end(self) -> int:
@@ -117,47 +134,63 @@ class ReversibleStack:
         finally:
             self.bypassed = before
 
-    def run(self, layer: PatchedLayer, hidden_states: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:
-        """One layer's part of a forward pass."""
+    def run(
+        self, layer: PatchedLayer, hidden_states: torch.Tensor, kwargs: dict[str, Any]
+    ) -> tuple[torch.Tensor, tuple[Any, ...]]:
+        """One layer's part of a forward pass: the hidden states to hand on, and what else the layer returns."""
         if layer.module.training and getattr(layer.module, "gradient_checkpointing", False):
             raise ReversibleUsageError(
                 f"gradient checkpointing is on for {layer.name}, which already keeps no activations: call "
                 "model.gradient_checkpointing_disable(), or pass gradient_checkpointing=False to the trainer"
             )
-        if layer.index == self.first:
-            current = self._start(hidden_states)
-            hidden_states = current.main  # as quantised, which is what the recompute will see
-        else:
-            current = self._resume(layer, hidden_states)
-            if current.handed_on is not current.main:
-                hidden_states = current.main
+        drops = self.layerdrop and layer.module.training
+        current = self._pass_at(layer, hidden_states, drops)
+        hidden_states = current.main  # what the recompute will see: as quantised, and no read-out
         tensors, leaves, detached = differentiable(layer.module, kwargs)
         if not torch.is_grad_enabled() or not (tensors or current.main.requires_grad):
-            current.main = Step(layer, current.tape, kwargs, []).forward(hidden_states, recording=False)
+            step = Step(layer, current.tape, kwargs, [])
+            current.main = step.forward(hidden_states, recording=False)
+            extras = step.extras.take(step.extras.differentiable())
         elif self._keeps_activations(layer, kwargs):
             if not current.graph:
                 current.tape, current.graph = current.tape.fork(), True
             step = Step(layer, current.tape, kwargs, [])
-            current.other, current.main = step.forward_with_graph(current.other, hidden_states)
+            current.other, current.main, extras = step.forward_with_graph(current.other, hidden_states)
         else:
             if current.tape.first_recorded is None:
-                current.tape.first_recorded = layer.index
+                current.tape.first_recorded = current.tape.position
             _refuse_filled_cache(kwargs, layer.index)
             step = Step(layer, current.tape, without_cache(detached), leaves)
-            current.other, current.main = Reversible.apply(step, current.other, hidden_states, *tensors)
+            current.other, current.main, *made = Reversible.apply(step, current.other, hidden_states, *tensors)
+            extras = step.extras.take(made)
             if self.observer is not None:
                 self.observer.saved(layer.index, step.saved_bytes)
         if layer is self.layers[-1]:
             self.abandon()
             self._check(current.tape)
-            return Exit.apply(current.other, current.main, current.tape)
+            return Exit.apply(current.other, current.main, current.tape), extras
         current.next_index = layer.index + 1
         current.handed_on = current.main
-        if getattr(self._local, "wants_hidden_states", False):
-            # A stream alone is not what the model's layer would have returned: meft2's main one lags by a layer.
+        if drops or getattr(self._local, "wants_hidden_states", False):
+            # A stream alone is not what the model's layer would have returned: meft2's main one lags by a layer. With
+            # LayerDrop any layer may turn out to have been the last.
             current.handed_on = Exit.apply(current.other, current.main, current.tape)
         current.version = _version(current.handed_on)
-        return current.handed_on
+        return current.handed_on, extras
+
+    def _pass_at(self, layer: PatchedLayer, hidden_states: torch.Tensor, drops: bool) -> _Pass:
+        """The pass that this call goes on with, or begins."""
+        current: _Pass | None = getattr(self._local, "current", None)
+        if layer.index == self.first or (drops and current is None):
+            return self._start(hidden_states)
+        if current is None or not (layer.index == current.next_index or (drops and layer.index > current.next_index)):
+            expected = "the first layer" if current is None else self.layers[current.next_index - self.first].name
+            raise ReversibleUsageError(
+                f"{layer.name} was called where {expected} was due: reversible layers run in order, each once "
+                "(early exits and calls of single layers are not supported)"
+            )
+        self._check_untouched(current, layer, hidden_states)
+        return current
 
     def _start(self, hidden_states: torch.Tensor) -> _Pass:
         if self.arithmetic is None:
@@ -172,9 +205,8 @@ class ReversibleStack:
         tape = Tape.start(
             hidden_states,
             arithmetic=self.arithmetic,
-            plan=self.plan,
+            readout=self.plan.readout,
             seed=draw_seed() if torch.is_grad_enabled() or self._trains_anywhere() else None,
-            position=self.first,
             observer=self.observer,
         )
         other, main = Enter.apply(hidden_states, tape)
@@ -185,14 +217,8 @@ class ReversibleStack:
         """Whether any module is in train mode: dropout may be live in an eval-mode model, or below its first layer."""
         return any(module.training for layer in self.layers for module in layer.module.modules())
 
-    def _resume(self, layer: PatchedLayer, hidden_states: torch.Tensor) -> _Pass:
-        current: _Pass | None = getattr(self._local, "current", None)
-        if current is None or current.next_index != layer.index:
-            expected = "the first layer" if current is None else self.layers[current.next_index - self.first].name
-            raise ReversibleUsageError(
-                f"{layer.name} was called where {expected} was due: reversible layers run in order, each once "
-                "(layers skipped at random, early exits and calls of single layers are not supported)"
-            )
+    @staticmethod
+    def _check_untouched(current: _Pass, layer: PatchedLayer, hidden_states: torch.Tensor) -> None:
         main = current.handed_on
         # Not `is`: FSDP and others pass tensors through an identity Function of their own.
         same = (
@@ -206,7 +232,6 @@ class ReversibleStack:
                 f"the hidden states that {layer.name} got are not those that the layer before returned: a hook or the "
                 "model's own code changed them between two reversible layers, which the inverse cannot know"
             )
-        return current
 
     def _keeps_activations(self, layer: PatchedLayer, kwargs: dict[str, Any]) -> bool:
         if layer.index >= self.reversible_end:
@@ -245,11 +270,11 @@ class ReversibleStack:
             )
         self._local.wants_hidden_states = _asked_for("output_hidden_states", module, kwargs)
         if self.reversible_end > self.first and torch.is_grad_enabled() and _trains(module):
-            for name in ("output_hidden_states", "output_attentions"):
+            for name in ("output_hidden_states", "output_attentions", "output_router_logits"):
                 if _asked_for(name, module, kwargs):
                     raise ReversibleUsageError(
-                        f"{name} is not available while gradients are recorded: reversible layers keep neither, "
-                        f"and what they returned would have no gradient. Pass {name}=False, run under "
+                        f"{name} is not available while gradients are recorded: reversible layers keep none of what "
+                        f"is asked for, and it would come without its gradient. Pass {name}=False, run under "
                         f"torch.no_grad(), or patch with engine='autograd'."
                     )
             if module.training:
@@ -260,7 +285,11 @@ class ReversibleStack:
     def _after_forward(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         current: _Pass | None = getattr(self._local, "current", None)
         self.abandon()
-        if current is not None and output is not None:
+        if current is None or output is None:
+            return
+        if self.layerdrop and module.training:
+            self._check(current.tape)
+        else:
             raise ReversibleUsageError(
                 f"the model returned before {self.layers[-1].name}, so the streams were never read out (a smaller "
                 "config.num_hidden_layers, or an early exit)"
@@ -291,12 +320,17 @@ class ReversibleStack:
         """
         kwargs = {name: copy.deepcopy(value) if name in CACHE_ARGUMENTS else value for name, value in kwargs.items()}
         probe = Probe(impl=self.config.impl)
-        before, self.arithmetic = self.arithmetic, probe
+        before = self.arithmetic, self.observer
+        self.arithmetic, self.observer = probe, None
+        training = self.owner.training
         try:
+            if self.layerdrop:
+                self.owner.training = False  # the owner's own switch: no layer may be left out, dropout stays as it is
             with torch.no_grad(), seeded(0, next(self.owner.parameters()).device):
                 self.owner.forward(*args, **kwargs)
         finally:
-            self.arithmetic = before
+            self.owner.training = training
+            self.arithmetic, self.observer = before
             self.abandon()
         self.arithmetic = Arithmetic(probe.fraction_bits_for(self.max_bits, self.name), self.config.impl)
 

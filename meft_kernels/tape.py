@@ -12,7 +12,6 @@ from . import ops
 from .arithmetic import Arithmetic
 from .errors import NonFiniteError, NotRepeatableError, StreamOverflowError
 from .replay import AutocastState
-from .variants import Plan
 
 
 class Observer(Protocol):
@@ -30,7 +29,8 @@ class Tape:
     """The two streams of one forward pass, and what its backward must hold them against."""
 
     arithmetic: Arithmetic
-    plan: Plan
+    readout: tuple[float, float]
+    """Weights of x1 and x2 in the hidden states that leave the stack."""
     dtype: torch.dtype
     """Dtype of the hidden states."""
     seed: int | None
@@ -39,15 +39,15 @@ class Tape:
     x2: torch.Tensor
     checksums: tuple[torch.Tensor, torch.Tensor]
     """Of x1 and x2 as they are now; order-free integer sums."""
-    position: int
-    """Index of the layer whose input the streams are; -1 once the tape cannot be used any more."""
+    position: int = 0
+    """How many layers the streams have passed; -1 once the tape cannot be used any more."""
     observer: Observer | None = None
     statuses: list[tuple[str, torch.Tensor]] = field(default_factory=list)
     """For every lane moved so far: where, and the status that the coupling reported."""
     comparisons: list[tuple[str, torch.Tensor]] = field(default_factory=list)
     """For every lane undone so far: where, and whether the rebuilt stream's checksum is the forward's."""
     first_recorded: int | None = None
-    """The lowest layer that backward will reach."""
+    """Position of the lowest layer that backward will reach."""
     _check_queued: bool = False
 
     @classmethod
@@ -56,9 +56,8 @@ class Tape:
         hidden_states: torch.Tensor,
         *,
         arithmetic: Arithmetic,
-        plan: Plan,
+        readout: tuple[float, float],
         seed: int | None,
-        position: int,
         observer: Observer | None,
     ) -> Tape:
         """Both streams set to the hidden states that enter the stack."""
@@ -67,15 +66,14 @@ class Tape:
             checksum = arithmetic.checksum(x1)
             tape = cls(
                 arithmetic,
-                plan,
+                readout,
                 hidden_states.dtype,
                 seed,
                 AutocastState.capture(hidden_states.device),
                 x1,
                 x1.clone(),
                 (checksum, checksum),
-                position,
-                observer,
+                observer=observer,
             )
         tape.statuses.append(("the hidden states that enter the reversible layers", status))
         return tape
@@ -86,7 +84,7 @@ class Tape:
 
     def read_out(self) -> torch.Tensor:
         """The hidden states that leave the stack."""
-        weights = [(w, x) for w, x in zip(self.plan.readout, (self.x1, self.x2), strict=True) if w]
+        weights = [(w, x) for w, x in zip(self.readout, (self.x1, self.x2), strict=True) if w]
         wide = torch.float64 if self.dtype == torch.float64 else torch.float32
         with torch.no_grad():
             if len(weights) == 1:

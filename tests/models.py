@@ -103,12 +103,15 @@ def worst_error(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tenso
 class StreamWitness:
     """Copies of both streams at every layer's input, compared with what backward rebuilds."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, stack: int = 0) -> None:
         self.before: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self.equal: dict[int, bool] = {}
         self.nbytes: dict[int, int] = {}
-        for stack in require_state(model).stacks:
-            stack.observer = self
+        require_state(model).stacks[stack].observer = self
+
+    @classmethod
+    def on_every_stack(cls, model: nn.Module) -> list[StreamWitness]:
+        return [cls(model, stack) for stack in range(len(require_state(model).stacks))]
 
     def forward(self, index: int, x1: torch.Tensor, x2: torch.Tensor) -> None:
         self.before[index] = (x1.clone(), x2.clone())

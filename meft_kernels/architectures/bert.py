@@ -1,11 +1,11 @@
-"""BERT: post-norm encoder, also as a decoder with cross-attention."""
+"""BERT, RoBERTa, XLM-R and ELECTRA: post-norm encoders, also as decoders with cross-attention."""
 
 from typing import Any
 
 import torch
 
 from .registry import register_architecture
-from .spec import ArchitectureSpec
+from .spec import ArchitectureSpec, LayerSpec
 
 
 def _attention_block(
@@ -34,12 +34,16 @@ def _mlp_block(layer: Any, hidden_states: torch.Tensor, **kwargs: Any) -> torch.
 
 register_architecture(
     ArchitectureSpec(
-        model_types=("bert",),
-        layer_class="BertLayer",
-        attention_block=_attention_block,
-        mlp_block=_mlp_block,
-        ffn_reads=lambda layer: layer.intermediate,
-        ffn_writes=lambda layer: layer.output.dense,
+        model_types=("bert", "roberta", "xlm-roberta", "electra"),
+        layers=(
+            LayerSpec(
+                layer_class=("BertLayer", "RobertaLayer", "XLMRobertaLayer", "ElectraLayer"),
+                attention_block=_attention_block,
+                mlp_block=_mlp_block,
+                ffn_reads=lambda layer: layer.intermediate,
+                ffn_writes=lambda layer: layer.output.dense,
+            ),
+        ),
         activation=lambda config: config.hidden_act,
         dropout=lambda config: config.hidden_dropout_prob,
         # The pooler was made by next-sentence prediction, or not at all (sentence-transformers): left frozen under a

@@ -1,54 +1,94 @@
-"""What the engine must know about a family of models, and nothing more."""
+"""What the engine must know about a family of models, and nothing more. README.md beside this file has an example."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-Block = Callable[..., torch.Tensor]
+if TYPE_CHECKING:
+    from ..config import MeftConfig
+
+Block = Callable[..., Any]
 
 
-@dataclass(frozen=True)
-class ArchitectureSpec:
-    """Where the layers of a family are, where attention ends and the MLP begins, and where the FFN adapter taps.
+def _no_layerdrop(config: Any) -> float:
+    return 0.0
 
-    A layer is found by its class *name* inside an ``nn.ModuleList``, so one spec serves the base model, every task head
-    and a model wrapped by PEFT. The layer's ``forward`` takes the hidden states first and returns them, bare or first
-    in a tuple.
+
+def _no_dropout(config: Any) -> float:
+    return 0.0
+
+
+def _no_objection(config: Any, settings: MeftConfig) -> str | None:
+    return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerSpec:
+    """One kind of layer: how to recognise it, where attention ends and the MLP begins, where the FFN adapter taps.
+
+    Layers are found by their class *name* inside an ``nn.ModuleList``, so one spec serves the base model, every task
+    head and a model wrapped by PEFT. A layer's ``forward`` takes the hidden states first and returns them, bare or
+    first in a tuple.
     """
 
-    model_types: tuple[str, ...]
-    """Values of ``config.model_type`` that this spec serves."""
-
-    layer_class: str
-    """Class name of one layer, e.g. ``"LlamaDecoderLayer"``."""
+    layer_class: str | tuple[str, ...]
+    """Class name of the layer, e.g. ``"LlamaDecoderLayer"``; several if families differ in nothing else. A subclass
+    counts as its base."""
 
     attention_block: Block
     """``(layer, hidden_states, **kwargs) -> hidden_states``: the layer up to where its MLP block begins, its residual
-    connection and norms included. ``kwargs`` are the layer call's own, by name."""
+    connection and norms included. ``kwargs`` are the layer call's own, by name. Whatever else the layer returns (a
+    position bias for the next layer, say) is returned here too, ``(hidden_states, ...)``."""
 
     mlp_block: Block
     """``(layer, hidden_states, **kwargs) -> hidden_states``: the rest of the layer, so that
     ``mlp_block(attention_block(x))`` equals it bit for bit."""
 
     ffn_reads: Callable[[Any], nn.Module]
-    """The module whose first argument is what the first FFN linear reads."""
+    """``layer -> module`` whose first argument is what the first FFN linear reads."""
 
     ffn_writes: Callable[[Any], nn.Module]
-    """The module whose output is what the second FFN linear gives, before residual and norm."""
+    """``layer -> module`` whose output is what the second FFN linear gives, before residual and norm."""
+
+    layerdrop: Callable[[Any], float] = _no_layerdrop
+    """The probability, from the model's config, with which its forward leaves out such a layer in training."""
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        return (self.layer_class,) if isinstance(self.layer_class, str) else self.layer_class
+
+    def matches(self, module: nn.Module) -> bool:
+        """Whether ``module`` is such a layer."""
+        return any(cls.__name__ in self.class_names for cls in type(module).__mro__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArchitectureSpec:
+    """A family of models: its kinds of layers, and what of its config the adapters follow."""
+
+    model_types: tuple[str, ...]
+    """Values of ``config.model_type`` that this spec serves."""
+
+    layers: tuple[LayerSpec, ...]
+    """Every kind of layer: one for most, two for an encoder and a decoder of different classes."""
 
     activation: Callable[[Any], str]
     """Name of the backbone's activation (a key of transformers' ``ACT2FN``), from the model's config."""
 
-    dropout: Callable[[Any], float]
+    dropout: Callable[[Any], float] = _no_dropout
     """The backbone's hidden dropout probability, from the model's config."""
 
     head_modules: tuple[str, ...] = ()
     """Children of the base model that only task heads read; they are trained along with a new head."""
+
+    objection: Callable[[Any, MeftConfig], str | None] = _no_objection
+    """``(model's config, settings) -> reason`` why this model cannot be patched with these settings, and what to do
+    instead; None if it can."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         # By name: a pickled model finds the family that its reader has registered, whatever callables it is made of.
@@ -58,3 +98,9 @@ class ArchitectureSpec:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ArchitectureSpec:
         return self
+
+
+def hidden_states_of(output: Any) -> torch.Tensor:
+    """The hidden states that a module returned, bare or first in a tuple; which of them differs between versions."""
+    first: torch.Tensor = output[0] if isinstance(output, tuple | list) else output
+    return first

@@ -1,0 +1,52 @@
+"""GPT-2: a pre-norm decoder, also with cross-attention."""
+
+from typing import Any
+
+import torch
+
+from .registry import register_architecture
+from .spec import ArchitectureSpec, LayerSpec
+
+
+def _attention_block(
+    layer: Any,
+    hidden_states: torch.Tensor,
+    past_key_values: Any = None,
+    attention_mask: torch.Tensor | None = None,
+    encoder_hidden_states: torch.Tensor | None = None,
+    encoder_attention_mask: torch.Tensor | None = None,
+    **kwargs: Any,
+) -> torch.Tensor:
+    shared = {"past_key_values": past_key_values, "attention_mask": attention_mask}
+    hidden_states = layer.attn(layer.ln_1(hidden_states), **shared, **kwargs)[0] + hidden_states
+    if encoder_hidden_states is None:
+        return hidden_states
+    attended = layer.crossattention(
+        layer.ln_cross_attn(hidden_states),
+        encoder_hidden_states=encoder_hidden_states,
+        encoder_attention_mask=encoder_attention_mask,
+        **shared,
+    )[0]
+    return hidden_states + attended
+
+
+def _mlp_block(layer: Any, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+    return hidden_states + layer.mlp(layer.ln_2(hidden_states))
+
+
+register_architecture(
+    ArchitectureSpec(
+        model_types=("gpt2",),
+        layers=(
+            LayerSpec(
+                layer_class="GPT2Block",
+                attention_block=_attention_block,
+                mlp_block=_mlp_block,
+                ffn_reads=lambda layer: layer.mlp,
+                ffn_writes=lambda layer: layer.mlp.c_proj,
+            ),
+        ),
+        activation=lambda config: config.activation_function,
+        dropout=lambda config: config.resid_pdrop,
+    )
+)
