@@ -171,8 +171,10 @@ class FfnTap:
         if not self._switch.bypassed:
             self._pending[threading.get_ident()] = args[0] if args else next(iter(kwargs.values()))
 
-    def _write(self, module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor | None:
+    def _write(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         hidden_states = self._pending.pop(threading.get_ident(), None)
         if hidden_states is None:
             return None
+        if isinstance(output, tuple):  # a mixture of experts may return its routing as well
+            return self.adapter.add_to(output[0], hidden_states), *output[1:]
         return self.adapter.add_to(output, hidden_states)

@@ -144,13 +144,12 @@ def _warn_of_unsaved(base: Any, names: Any) -> None:
 
 def _describe_base(base: Any) -> dict[str, Any]:
     config = base.config
+    sizes = ("hidden_size", "num_hidden_layers", "vocab_size")  # not every family has each of them
     return {
         "base_model_name_or_path": getattr(config, "_name_or_path", "") or "",
         "base_model_class": type(base).__name__,
         "model_type": config.model_type,
-        "hidden_size": config.hidden_size,
-        "num_hidden_layers": config.num_hidden_layers,
-        "vocab_size": getattr(config, "vocab_size", None),
+        **{name: getattr(config, name, None) for name in sizes},
     }
 
 

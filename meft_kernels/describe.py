@@ -98,18 +98,18 @@ def describe(model: nn.Module) -> Description:
         rank=config.rank if config.adapters == "all" else None,
         trainable_parameters=trainable,
         all_parameters=total,
-        stacks=tuple(_describe_stack(stack, base.config.hidden_size, base.dtype.itemsize) for stack in state.stacks),
+        stacks=tuple(_describe_stack(stack, base.dtype.itemsize) for stack in state.stacks),
     )
 
 
-def _describe_stack(stack: ReversibleStack, hidden_size: int, itemsize: int) -> StackDescription:
+def _describe_stack(stack: ReversibleStack, itemsize: int) -> StackDescription:
     exact = stack.config.arithmetic == "exact"
     bits = 0
     if exact:
         bits = sum(remainder_bits(reciprocal(lane.coefficient)[0]) for lane in (stack.plan.first, stack.plan.second))
     reversible = stack.reversible_end - stack.first
-    per_layer = -(-hidden_size // 8) * bits
-    streams = 2 * hidden_size * (4 if exact else itemsize)
+    per_layer = -(-stack.hidden_size // 8) * bits
+    streams = 2 * stack.hidden_size * (4 if exact else itemsize)
     return StackDescription(
         name=stack.name,
         layers=stack.first + len(stack.layers),

@@ -45,7 +45,8 @@ def patch(model: Model, config: MeftConfig | None = None, **overrides: Any) -> M
     small leak (see :func:`~meft_kernels.verify`).
 
     Args:
-        model: a transformers model of a supported family, with any task head, possibly wrapped by PEFT.
+        model: a transformers model of a supported family, with any task head. Wrapped by PEFT, what PEFT trains goes
+            on being trained, beside the adapters or (``adapters="none"``) instead of them.
         config: settings; ``None`` is ``MeftConfig()``.
         **overrides: settings to change in ``config``, e.g. ``rank=16``.
 
@@ -81,7 +82,8 @@ def patch(model: Model, config: MeftConfig | None = None, **overrides: Any) -> M
     # Nothing was changed so far, and nothing can fail from here on.
     required_grad = {name: parameter.requires_grad for name, parameter in base.named_parameters()}
     if config.adapters == "all":
-        base.requires_grad_(False)
+        for parameter in base.parameters():
+            parameter.requires_grad_(parameter.requires_grad and _is_peft(base))
     for name in trained:
         base.get_submodule(name).requires_grad_(True)
     stacks = [_bind(found, made, spec, base.config, config) for found, made in zip(lists, adapters, strict=True)]
@@ -259,6 +261,14 @@ def _check_trainable(model: nn.Module, lists: list[_LayerList], config: MeftConf
             )
 
 
+def _is_peft(model: Any) -> bool:
+    """Whether PEFT has decided what trains: it has frozen all but its own weights, and the heads it was told to train.
+
+    Somebody who wrapped the model in it wants that kept.
+    """
+    return hasattr(model, "peft_config")
+
+
 def _modules_to_train(model: Any, spec: ArchitectureSpec, config: MeftConfig) -> tuple[str, ...]:
     """Names of the modules that train whole; by default a task head that is no language-model head."""
     if config.modules_to_save is not None:
@@ -267,7 +277,7 @@ def _modules_to_train(model: Any, spec: ArchitectureSpec, config: MeftConfig) ->
         if unknown := [name for name in names if name not in known]:
             raise ValueError(f"modules_to_save: the model has no module {', '.join(unknown)}")
         return names
-    if config.adapters == "none":
+    if config.adapters == "none" or _is_peft(model):
         return ()
     base = getattr(model, "base_model", model)
     if base is model or model.get_output_embeddings() is not None:
@@ -291,7 +301,7 @@ def _make_adapters(
     settings: Any = model.config
     return {
         name: Adapter(
-            settings.hidden_size,
+            spec.hidden_size(settings),
             config.rank,
             config.activation or spec.activation(settings),
             spec.dropout(settings) if config.dropout is None else config.dropout,
@@ -313,8 +323,7 @@ def _bind(
     config: MeftConfig,
 ) -> ReversibleStack:
     owner, name, layers, spec = found
-    layerdrop = spec.layerdrop(model_config) > 0
-    stack = ReversibleStack(owner, name, architecture, spec, config, layerdrop=layerdrop)
+    stack = ReversibleStack(owner, name, architecture, spec, model_config, config)
     for index in range(config.frozen_layers, len(layers)):
         layer, made = layers[index], adapters[index]
         tap = FfnTap(made["ffn"], spec.ffn_reads(layer), spec.ffn_writes(layer), stack) if made else None

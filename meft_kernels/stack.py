@@ -58,16 +58,16 @@ class ReversibleStack:
         name: str,
         architecture: ArchitectureSpec,
         spec: LayerSpec,
+        model_config: Any,
         config: MeftConfig,
-        *,
-        layerdrop: bool,
     ) -> None:
         self.owner = owner
         """The model whose forward loops over the layers."""
         self.name = name
         # By its place in the family's spec, which alone can be pickled.
         self._architecture, self._kind = architecture, architecture.layers.index(spec)
-        self.layerdrop = layerdrop
+        self.hidden_size = architecture.hidden_size(model_config)
+        self.layerdrop = spec.layerdrop(model_config) > 0
         """Whether the owner leaves out layers at random in training."""
         self.config = config
         self.plan = make_plan(config)

@@ -88,7 +88,9 @@ def test_unsupported_model_lists_what_is() -> None:
 
     model = BloomForCausalLM(BloomConfig(n_layer=1, hidden_size=32, n_head=2, vocab_size=50))
     before = fingerprint(model)
-    with pytest.raises(UnsupportedModelError, match=r"'bloom' is not supported; supported are: bart, bert, .*register_architecture"):
+    with pytest.raises(
+        UnsupportedModelError, match=r"'bloom' is not supported; supported are: bart, bert, .*register_architecture"
+    ):
         meft_kernels.patch(model)
     with pytest.raises(UnsupportedModelError, match="Linear, which has no config"):
         meft_kernels.patch(nn.Linear(2, 2))

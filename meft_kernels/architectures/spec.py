@@ -19,6 +19,10 @@ def _no_layerdrop(config: Any) -> float:
     return 0.0
 
 
+def _hidden_size(config: Any) -> int:
+    return int(config.hidden_size)
+
+
 def _no_dropout(config: Any) -> float:
     return 0.0
 
@@ -82,6 +86,9 @@ class ArchitectureSpec:
 
     dropout: Callable[[Any], float] = _no_dropout
     """The backbone's hidden dropout probability, from the model's config."""
+
+    hidden_size: Callable[[Any], int] = _hidden_size
+    """Width of the hidden states, from the model's config."""
 
     head_modules: tuple[str, ...] = ()
     """Children of the base model that only task heads read; they are trained along with a new head."""

@@ -1,0 +1,134 @@
+"""What single families do differently: 16-bit clamps, convolutions, routers, heads that train with the adapters."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import nn
+
+import meft_kernels
+
+from .models import StreamWitness, worst_error
+from .test_architectures import CASES, FP32_BOUND, assert_exact, loss_of, patched, step
+from .zoo import batch_for, heads, tiny
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("name", "variant"), CASES, ids=[f"{name}-{variant}" for name, variant in CASES])
+def test_exact_in_16_bits(name: str, variant: str, dtype: torch.dtype) -> None:
+    model = patched(tiny(name, dropout=0.1).to(dtype), variant=variant).train()
+    witnesses = StreamWitness.on_every_stack(model)
+    batch = {key: value.to(dtype) if value.is_floating_point() else value for key, value in batch_for(model).items()}
+    torch.manual_seed(2)
+    loss_of(model(**batch)).backward()
+    assert_exact(witnesses)
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("variant", ["meft2", "meft3"])
+@pytest.mark.parametrize(
+    ("name", "weight"), [("t5", "block.2.layer.1.DenseReluDense.wo"), ("bart", "layers.2.final_layer_norm")]
+)
+def test_float16_infinities_are_clamped_as_the_layer_does(name: str, weight: str, variant: str) -> None:
+    """T5 and BART turn what overflows float16 into large numbers, and go on."""
+    lam = 0.125 if variant == "meft3" else None
+    model = patched(tiny(name).half(), variant=variant, fraction_bits=10, lam=lam, beta=0.125)
+    encoder = model.get_encoder()
+    with torch.no_grad():
+        encoder.get_submodule(weight).weight.fill_(60000.0)
+    witnesses = StreamWitness.on_every_stack(model.train())[:1]
+    outputs: list[torch.Tensor] = []
+    encoder.get_submodule(weight).register_forward_hook(lambda module, args, output: outputs.append(output))
+    batch = batch_for(model)
+    hidden_states = encoder(batch["input_ids"], batch["attention_mask"]).last_hidden_state
+    hidden_states.float().square().mean().backward()
+    assert outputs[0].isinf().any()
+    assert torch.isfinite(hidden_states).all()
+    assert_exact(witnesses)
+
+
+def test_deberta_with_a_convolution() -> None:
+    """It comes between the first layer and the second, where the inverse cannot follow."""
+    convolution = {"conv_kernel_size": 3, "conv_act": "gelu"}
+    model = tiny("deberta-v2", **convolution)
+    with pytest.raises(meft_kernels.UnsupportedModelError, match="frozen_layers=1 or more"):
+        meft_kernels.patch(model)
+    results = []
+    for engine in ("reversible", "autograd"):
+        model = patched(tiny("deberta-v2", dropout=0.1, **convolution), frozen_layers=1, engine=engine).train()
+        results.append(step(model, batch_for(model)))
+    assert results[0][0] == results[1][0]
+    assert worst_error(results[0][1], results[1][1]) <= FP32_BOUND
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
+def test_router_logits_are_refused_in_training_and_given_without_gradients(name: str) -> None:
+    model = patched(tiny(name))
+    batch = batch_for(model)
+    with torch.no_grad():
+        output = model(**batch, output_router_logits=True)
+    assert len(output.router_logits) == 3
+    with pytest.raises(meft_kernels.ReversibleUsageError, match="output_router_logits=False"):
+        model.train()(**batch, output_router_logits=True)
+    model.config.output_router_logits = True
+    with pytest.raises(meft_kernels.ReversibleUsageError, match="output_router_logits"):
+        model(**batch)
+
+
+def test_soft_capping_is_the_attentions_own() -> None:
+    """Gemma 2 caps scores where attention is eager; the layer is called, not copied, so it is the one that ran."""
+    capped = patched(tiny("gemma2", attn_implementation="eager", attn_logit_softcapping=0.5), fraction_bits=16)
+    free = patched(tiny("gemma2", attn_implementation="eager", attn_logit_softcapping=None), fraction_bits=16)
+    batch = batch_for(capped)
+    assert (capped(**batch).logits - free(**batch).logits).abs().max() > 1e-3
+    for variant in ("meft2", "meft3"):
+        results = []
+        for engine in ("reversible", "autograd"):
+            model = tiny("gemma2", attn_implementation="eager", attn_logit_softcapping=0.5)
+            results.append(step(patched(model, variant=variant, engine=engine).train(), batch))
+        assert worst_error(results[0][1], results[1][1]) <= FP32_BOUND
+
+
+# What trains besides the adapters: heads that pretraining did not make.
+TRAINED_HEADS: dict[str, set[str]] = {
+    "BartForSequenceClassification": {"classification_head"},
+    "BartForConditionalGeneration": set(),
+    "DebertaV2ForSequenceClassification": {"pooler", "classifier"},
+    "DeiTForImageClassification": {"classifier"},
+    "DeiTForImageClassificationWithTeacher": {"cls_classifier", "distillation_classifier"},
+    "DistilBertForSequenceClassification": {"pre_classifier", "classifier"},
+    "ElectraForSequenceClassification": {"classifier"},
+    "GPT2ForSequenceClassification": {"score"},
+    "GPT2LMHeadModel": set(),
+    "ModernBertForMaskedLM": set(),
+    "ModernBertForSequenceClassification": {"head", "classifier"},
+    "RobertaForMultipleChoice": {"roberta.pooler", "classifier"},
+    "RobertaForSequenceClassification": {"classifier"},
+    "T5EncoderModel": set(),
+    "T5ForConditionalGeneration": set(),
+    "T5ForSequenceClassification": {"classification_head"},
+    "T5ForTokenClassification": {"classifier"},
+    "ViTForImageClassification": {"classifier"},
+    "ViTModel": set(),
+}
+
+
+@pytest.mark.parametrize("kind", TRAINED_HEADS)
+def test_new_heads_train_and_pretrained_ones_do_not(kind: str) -> None:
+    head: type[nn.Module] = getattr(transformers, kind)
+    name = next(name for name, _ in CASES if head in heads_of(name))
+    model = meft_kernels.patch(tiny(name, head))
+    trained = {key for key, p in model.named_parameters() if p.requires_grad and ".meft." not in key}
+    expected = TRAINED_HEADS[kind]
+    assert all(any(key.startswith(f"{module}.") for key in trained) for module in expected)
+    assert all(any(key.startswith(f"{module}.") for module in expected) for key in trained)
+
+
+def heads_of(name: str) -> list[Any]:
+    try:
+        return heads(name)
+    except KeyError:  # a variation of a family
+        return []

@@ -1,0 +1,123 @@
+"""Anything trainable inside a layer trains reversibly, with plain autograd's gradients: PEFT's methods, norms, biases."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import meft_kernels
+
+from .models import VARIANTS, StreamWitness, relative_error, worst_error
+from .test_architectures import FP32_BOUND, assert_exact, patched, skip_reason, step
+from .zoo import ZOO, batch_for, tiny
+
+peft = pytest.importorskip("peft")
+
+METHODS: dict[str, Any] = {
+    "lora": lambda: peft.LoraConfig(r=4, target_modules="all-linear", lora_dropout=0.1),
+    "dora": lambda: peft.LoraConfig(r=4, target_modules="all-linear", use_dora=True),
+    "ia3": lambda: peft.IA3Config(target_modules="all-linear", feedforward_modules=[]),
+}
+# One of each kind: gated decoder, post-norm encoder, encoder-decoder, Conv1D, fused projections, images, experts.
+FAMILIES = ("llama", "bert", "t5", "gpt2", "phi3", "vit", "mixtral")
+
+
+def wrapped(name: str, method: str) -> Any:
+    torch.manual_seed(0)
+    config = METHODS[method]()
+    if name == "mixtral":  # experts' weights are bare parameters, on which PEFT takes neither dropout nor DoRA
+        config.target_modules = ["q_proj", "v_proj"]
+    model = peft.get_peft_model(tiny(name, dropout=0.1), config)
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if "lora_B" in key or "ia3" in key:  # which start as the identity
+                parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(3)) * 0.1)
+    return model
+
+
+@pytest.mark.parametrize("adapters", ["none", "all"])
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_peft_inside(name: str, method: str, adapters: str) -> None:
+    results = []
+    for engine in ("reversible", "autograd"):
+        model = wrapped(name, method)
+        of_peft = {key for key, parameter in model.named_parameters() if parameter.requires_grad}
+        patched(model, adapters=adapters, engine=engine).train()
+        witnesses = StreamWitness.on_every_stack(model)
+        results.append(step(model, batch_for(model.get_base_model())))
+        if engine == "reversible":
+            assert_exact(witnesses)
+    (loss, gradients), (expected_loss, expected) = results
+    assert loss == expected_loss
+    assert {key for key in gradients if ".meft." not in key} == of_peft
+    assert any(".meft." in key for key in gradients) == (adapters == "all")
+    assert worst_error(gradients, expected) <= FP32_BOUND
+
+
+def test_peft_without_our_adapters_computes_what_peft_does_up_to_the_leak() -> None:
+    model = wrapped("llama", "lora").eval()
+    batch = batch_for(model.get_base_model())
+    with torch.no_grad():
+        expected = model(**batch).logits
+        found = meft_kernels.patch(model, adapters="none", beta=-1 / 64)(**batch).logits
+    assert (found - expected).norm() < 0.05 * expected.norm()
+
+
+@pytest.mark.parametrize("adapters", ["none", "all"])
+@pytest.mark.parametrize("name", ZOO)
+def test_norms_biases_and_position_biases(name: str, adapters: str) -> None:
+    """Unfrozen after patching; T5's relative attention bias lies in one layer and acts in all of them."""
+    for variant in VARIANTS[1:] if skip_reason(name, "meft3") is None else VARIANTS[1:2]:
+        results = []
+        for engine in ("reversible", "autograd"):
+            model = tiny(name, dropout=0.1)
+            model.requires_grad_(False)
+            patched(model, adapters=adapters, engine=engine, variant=variant)
+            unfrozen = {
+                key
+                for key, parameter in model.named_parameters()
+                if ".meft." not in key and (parameter.dim() == 1 or "relative_attention_bias" in key)
+            }
+            for key in unfrozen:
+                model.get_parameter(key).requires_grad_(True)
+            results.append(step(model.train(), batch_for(model)))
+        (loss, gradients), (expected_loss, expected) = results
+        assert loss == expected_loss
+        assert gradients.keys() == expected.keys()
+        assert unfrozen & gradients.keys()
+        if name == "t5":
+            assert sum("relative_attention_bias" in key for key in gradients) == 2
+        # 1e-2 of the whole: what is held to 1e-5 of it is held to fp32's own rounding of the whole, 1e-7.
+        assert worst_error(gradients, expected, floor=1e-2) <= FP32_BOUND
+
+
+def test_gradient_of_a_position_bias_comes_from_every_layer() -> None:
+    """Against plain transformers: were it lost on the way, both engines could agree and be wrong."""
+    gradients = []
+    for variant in (None, "meft2", "meft3"):
+        model = tiny("t5").requires_grad_(False)
+        if variant is not None:
+            # At 1/2^12 the coupling is, but for a thousandth, the pretrained model.
+            coefficients = {"beta": 2.0**-12} | ({"lam": 2.0**-12} if variant == "meft3" else {})
+            meft_kernels.patch(model, variant=variant, adapters="none", fraction_bits=20, **coefficients)
+        for key, parameter in model.named_parameters():
+            parameter.requires_grad_("relative_attention_bias" in key)
+        gradients.append(step(model.train(), batch_for(model))[1])
+    plain, *ours = gradients
+    assert len(plain) == 2
+    for found in ours:
+        assert relative_error(found, plain) < 0.01
+
+
+def test_a_routers_noise_repeats() -> None:
+    """Mixtral's jitter multiplies the MLP's input in place, by random numbers."""
+    results = []
+    for engine in ("reversible", "autograd"):
+        model = patched(tiny("mixtral", router_jitter_noise=0.2), engine=engine).train()
+        results.append(step(model, batch_for(model)))
+    assert results[0][0] == results[1][0]
+    assert worst_error(results[0][1], results[1][1]) <= FP32_BOUND
+    assert step(model, batch_for(model), seed=9)[0] != results[1][0]  # it was live
