@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -46,9 +47,15 @@ def real_model(name: str, dtype: torch.dtype) -> nn.Module:
     return Task(name, ("negative", "positive")).load(dtype=dtype, device=torch.device("cpu"), seed=0).train()
 
 
+@functools.cache
+def _task(name: str, tokens: int) -> Task:
+    """Reading a tokenizer out of a GGUF file takes seconds."""
+    return Task(name, ("negative", "positive"), max_length=tokens)
+
+
 def real_batch(name: str, rows: int, tokens: int, seed: int = 0) -> dict[str, torch.Tensor]:
     """IMDB reviews drawn by ``seed``, cut or padded to ``tokens``: next-token labels for a causal model, or classes."""
-    task = Task(name, ("negative", "positive"), max_length=tokens)
+    task = _task(name, tokens)
     reviews = load_texts("imdb", held_out=rows, seed=seed).held_out
     encoded = task.tokenizer(
         reviews.texts, truncation=True, max_length=tokens, padding="max_length", return_tensors="pt"

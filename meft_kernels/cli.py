@@ -1,4 +1,4 @@
-"""The command line: ``meft-kernels demo | verify | env``."""
+"""The command line: ``meft-kernels demo | verify | models | env``."""
 
 from __future__ import annotations
 
@@ -207,6 +207,24 @@ def verify(
         console.print(str(report), markup=False, highlight=False)
     if not report.bit_exact:
         raise typer.Exit(1)
+
+
+@app.command()
+def models(
+    markdown: Annotated[bool, typer.Option("--markdown", help="As README has it.")] = False,
+) -> None:
+    """The models that can be patched; transformers builds every task head on each."""
+    from rich.table import Table
+
+    from .architectures.table import COLUMNS, as_markdown, supported_models
+
+    if markdown:
+        print(as_markdown(), end="")
+        return
+    table = Table(*(column.strip("`") for column in COLUMNS))
+    for row in supported_models():
+        table.add_row(*row)
+    console.print(table)
 
 
 @app.command()

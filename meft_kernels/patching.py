@@ -251,6 +251,8 @@ def _check_trainable(model: nn.Module, lists: list[_LayerList], config: MeftConf
             )
         if any("forward" in vars(layer) and isinstance(vars(layer)["forward"], PatchedLayer) for layer in layers):
             raise PatchError(f"layers of {name} are already patched as part of another model")
+        if len(set(map(id, layers))) < len(layers):
+            raise UnsupportedModelError(f"{name} holds the same layer more than once: shared layers are not supported")
         patched = len(layers) - config.frozen_layers
         if patched < 1:
             raise ValueError(f"frozen_layers={config.frozen_layers} leaves none of the {len(layers)} layers of {name}")

@@ -181,7 +181,7 @@ class ReversibleStack:
     def _pass_at(self, layer: PatchedLayer, hidden_states: torch.Tensor, drops: bool) -> _Pass:
         """The pass that this call goes on with, or begins."""
         current: _Pass | None = getattr(self._local, "current", None)
-        if layer.index == self.first or (drops and current is None):
+        if current is None and (layer.index == self.first or drops):
             return self._start(hidden_states)
         if current is None or not (layer.index == current.next_index or (drops and layer.index > current.next_index)):
             expected = "the first layer" if current is None else self.layers[current.next_index - self.first].name

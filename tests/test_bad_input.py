@@ -285,3 +285,25 @@ def test_wrapped_again_after_patch() -> None:
         meft_kernels.unpatch(model)
     layer.forward = ours
     meft_kernels.unpatch(model)
+
+
+def test_shared_layers_are_refused() -> None:
+    model = tiny_llama()
+    model.model.layers[2] = model.model.layers[0]
+    before = fingerprint(model)
+    with pytest.raises(UnsupportedModelError, match=r"model\.layers holds the same layer more than once"):
+        meft_kernels.patch(model)
+    assert_unchanged(model, before)
+
+
+def test_a_pass_that_begins_anew_halfway() -> None:
+    """A model that loops over its layers in an order of its own would get a stream where it expects hidden states."""
+    model = meft_kernels.patch(tiny_llama(), fraction_bits=16)
+    inner = model.model
+    hidden_states = inner.embed_tokens(torch.tensor([[3, 4]]))
+    call = {"position_embeddings": inner.rotary_emb(hidden_states, torch.tensor([[0, 1]])), "attention_mask": None}
+    hidden_states = inner.layers[0](hidden_states, **call)
+    with pytest.raises(ReversibleUsageError, match=r"layers\.0 was called where model\.layers\.1 was due"):
+        inner.layers[0](hidden_states, **call)
+    for layer in inner.layers:  # and the next pass is a new one
+        hidden_states = layer(hidden_states, **call)

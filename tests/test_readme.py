@@ -5,7 +5,13 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
+from typer.testing import CliRunner
+
 import meft_kernels
+from meft_kernels.architectures.table import as_markdown
+from meft_kernels.cli import app
+
+from .architectures.zoo import ZOO
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 
@@ -16,9 +22,18 @@ def test_settings_table() -> None:
         assert row in README, f"README lacks the row: {row}"
 
 
-def test_supported_families() -> None:
-    line = next(line for line in README.splitlines() if line.startswith("* Families:"))
-    assert all(name in line.lower() for name in meft_kernels.supported_model_types())
+def test_supported_models() -> None:
+    """Made from the registry; tests/architectures proves every row, since its models are made from the registry too."""
+    table = as_markdown()
+    assert table in README
+    assert all(f"| `{model_type}` |" in table for model_type in meft_kernels.supported_model_types())
+    assert set(meft_kernels.supported_model_types()) <= ZOO.keys()
+
+
+def test_models_command() -> None:
+    assert CliRunner().invoke(app, ["models", "--markdown"]).output == as_markdown()
+    shown = CliRunner().invoke(app, ["models"]).output
+    assert all(model_type in shown for model_type in meft_kernels.supported_model_types())
 
 
 def test_commands() -> None:

@@ -74,5 +74,6 @@ register_architecture(
         ),
         activation=lambda config: config.activation_function,
         dropout=lambda config: config.dropout,
+        notes="encoder, decoder or both, LayerDrop",
     )
 )

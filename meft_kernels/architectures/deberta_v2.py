@@ -44,5 +44,6 @@ register_architecture(
         activation=lambda config: config.hidden_act,
         dropout=lambda config: config.hidden_dropout_prob,
         objection=_objection,
+        notes="DeBERTa-v3 too; with a convolution (v2-xlarge) frozen_layers=1 or more",
     )
 )

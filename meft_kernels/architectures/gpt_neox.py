@@ -42,5 +42,6 @@ register_architecture(
         activation=lambda config: config.hidden_act,
         dropout=lambda config: config.hidden_dropout,
         objection=_objection,
+        notes="Pythia is one; meft3 only where use_parallel_residual is off",
     )
 )

@@ -45,5 +45,6 @@ register_architecture(
         ),
         activation=lambda config: config.activation_function,
         dropout=lambda config: config.dropout,
+        notes="pre-norm and post-norm (350m), LayerDrop",
     )
 )

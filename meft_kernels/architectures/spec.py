@@ -97,6 +97,9 @@ class ArchitectureSpec:
     """``(model's config, settings) -> reason`` why this model cannot be patched with these settings, and what to do
     instead; None if it can."""
 
+    notes: str = ""
+    """What a user of the family must know, for the table of supported models."""
+
     def __reduce__(self) -> tuple[Any, ...]:
         # By name: a pickled model finds the family that its reader has registered, whatever callables it is made of.
         from .registry import find_architecture

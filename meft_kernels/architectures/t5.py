@@ -66,5 +66,6 @@ register_architecture(
         ),
         activation=lambda config: config.dense_act_fn,
         dropout=lambda config: config.dropout_rate,
+        notes="encoder, decoder or both; v1.1 and Flan too",
     )
 )

@@ -16,43 +16,13 @@ from meft_kernels import supported_model_types
 from meft_kernels.architectures import find_architecture
 from meft_kernels.layer import without_cache
 
-from .models import TRAINABLE_START, VARIANTS, StreamWitness, relative_error, worst_error
-from .zoo import ZOO, batch_for, heads, loss_of, skip_reason, tiny
+from ..models import VARIANTS, StreamWitness, relative_error, worst_error
+from .exactness import CASES, FP32_BOUND, assert_exact, outputs_of, patched, step
+from .zoo import ZOO, batch_for, heads, skip_reason, tiny
 
-FP32_BOUND = 1e-5
 NO_LAYERDROP = {"layerdrop": 0.0, "encoder_layerdrop": 0.0, "decoder_layerdrop": 0.0}
 
-CASES = [(name, variant) for name in ZOO for variant in VARIANTS if skip_reason(name, variant) is None]
 every_case = pytest.mark.parametrize(("name", "variant"), CASES, ids=[f"{name}-{variant}" for name, variant in CASES])
-
-
-def patched(model: Any, **settings: Any) -> Any:
-    """Adapters that already do something, the same ones each time."""
-    torch.manual_seed(5)
-    return meft_kernels.patch(model, **{**TRAINABLE_START, **settings})
-
-
-def step(model: Any, batch: dict[str, Any], seed: int = 2) -> tuple[float, dict[str, torch.Tensor]]:
-    """Loss and gradients under fixed random numbers."""
-    torch.manual_seed(seed)
-    loss = loss_of(model(**batch))
-    loss.backward()
-    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    model.zero_grad()
-    return float(loss.detach()), gradients
-
-
-def outputs_of(output: Any) -> list[torch.Tensor]:
-    """What a caller looks at; losses and caches left out."""
-    return [value.detach() for key, value in output.items() if isinstance(value, torch.Tensor) and key != "loss"]
-
-
-def assert_exact(witnesses: list[StreamWitness]) -> None:
-    assert witnesses
-    for witness in witnesses:
-        assert witness.before.keys() == witness.equal.keys()
-        assert witness.equal, "no layer was reversible"
-        assert all(witness.equal.values()), witness.equal
 
 
 @every_case

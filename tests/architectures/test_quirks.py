@@ -11,8 +11,8 @@ from torch import nn
 
 import meft_kernels
 
-from .models import StreamWitness, worst_error
-from .test_architectures import CASES, FP32_BOUND, assert_exact, loss_of, patched, step
+from ..models import StreamWitness, worst_error
+from .exactness import CASES, FP32_BOUND, assert_exact, loss_of, patched, step
 from .zoo import batch_for, heads, tiny
 
 

@@ -1,4 +1,4 @@
-"""Anything trainable inside a layer trains reversibly, with plain autograd's gradients: PEFT's methods, norms, biases."""
+"""Anything trainable inside a layer trains with plain autograd's gradients: PEFT's methods, norms, biases."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import torch
 
 import meft_kernels
 
-from .models import VARIANTS, StreamWitness, relative_error, worst_error
-from .test_architectures import FP32_BOUND, assert_exact, patched, skip_reason, step
+from ..models import VARIANTS, StreamWitness, relative_error, worst_error
+from .exactness import FP32_BOUND, assert_exact, patched, skip_reason, step
 from .zoo import ZOO, batch_for, tiny
 
 peft = pytest.importorskip("peft")

@@ -1,4 +1,4 @@
-"""Batches of every shape that users bring: padded, packed, prefixed, embedded, encoder-decoder, and foreign arguments."""
+"""Batches of every shape that users bring: padded, packed, prefixed, embedded, encoder-decoder."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from .models import VARIANTS, StreamWitness, relative_error, worst_error
-from .test_architectures import FP32_BOUND, assert_exact, patched, step
+from ..models import VARIANTS, StreamWitness, relative_error, worst_error
+from .exactness import FP32_BOUND, assert_exact, patched, step
 from .zoo import VOCABULARY, batch_for, tiny
 
 

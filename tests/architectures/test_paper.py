@@ -21,7 +21,7 @@ import torch.nn.functional as F
 
 import meft_kernels
 
-from .models import VARIANTS, relative_error
+from ..models import VARIANTS, relative_error
 from .zoo import VOCABULARY, tiny
 
 COEFFICIENTS = {"meft1": (0.1, 1.0), "meft2": (1.0, 0.1), "meft3": (0.1, 0.1)}

@@ -1,0 +1,47 @@
+"""What the tests of the families share: patched models, one training step, and what exact means."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+import meft_kernels
+
+from ..models import TRAINABLE_START, VARIANTS, StreamWitness
+from .zoo import ZOO, loss_of, skip_reason
+
+FP32_BOUND = 1e-5
+"""Gradients of two evaluations in float32 that differ in the order of a few additions: measured 1e-9 to 3e-7."""
+
+CASES = [(name, variant) for name in ZOO for variant in VARIANTS if skip_reason(name, variant) is None]
+"""Every family with every variant that fits it."""
+
+
+def patched(model: Any, **settings: Any) -> Any:
+    """Adapters that already do something, the same ones each time."""
+    torch.manual_seed(5)
+    return meft_kernels.patch(model, **{**TRAINABLE_START, **settings})
+
+
+def step(model: Any, batch: dict[str, Any], seed: int = 2) -> tuple[float, dict[str, torch.Tensor]]:
+    """Loss and gradients under fixed random numbers."""
+    torch.manual_seed(seed)
+    loss = loss_of(model(**batch))
+    loss.backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return float(loss.detach()), gradients
+
+
+def outputs_of(output: Any) -> list[torch.Tensor]:
+    """What a caller looks at; losses and caches left out."""
+    return [value.detach() for key, value in output.items() if isinstance(value, torch.Tensor) and key != "loss"]
+
+
+def assert_exact(witnesses: list[StreamWitness]) -> None:
+    assert witnesses
+    for witness in witnesses:
+        assert witness.before.keys() == witness.equal.keys()
+        assert witness.equal, "no layer was reversible"
+        assert all(witness.equal.values()), witness.equal

@@ -1,0 +1,167 @@
+"""The guide to a family of one's own, followed to the letter; and a model whose code comes with its weights."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+import meft_kernels
+from meft_kernels.architectures import registry
+
+from ..models import VARIANTS, StreamWitness, worst_error
+from .exactness import FP32_BOUND, assert_exact, patched, step
+
+GUIDE = Path(meft_kernels.__file__).parent / "architectures" / "README.md"
+BATCH = {
+    "input_ids": torch.tensor([[3, 4, 5, 6, 7], [8, 9, 3, 4, 5]]),
+    "labels": torch.tensor([[3, 4, 5, 6, 7], [8, 9, 3, 4, 5]]),
+}
+
+
+@pytest.fixture(autouse=True)
+def registry_as_it_was() -> Iterator[None]:
+    before = dict(registry._SPECS)
+    yield
+    registry._SPECS.clear()
+    registry._SPECS.update(before)
+
+
+def assert_trains_exactly(make: Any) -> None:
+    for variant in VARIANTS:
+        results = []
+        for engine in ("reversible", "autograd"):
+            model = patched(make(), variant=variant, engine=engine).train()
+            witnesses = StreamWitness.on_every_stack(model)
+            results.append(step(model, BATCH))
+            if engine == "reversible":
+                assert_exact(witnesses)
+        assert results[0][0] == results[1][0]
+        assert worst_error(results[0][1], results[1][1]) <= FP32_BOUND
+
+
+def test_the_guide() -> None:
+    code, check = re.findall(r"```python\n(.*?)```", GUIDE.read_text(encoding="utf-8"), re.DOTALL)
+    assert "granite" not in meft_kernels.supported_model_types(), "take a family for the guide that is not built in"
+
+    def granite() -> Any:
+        torch.manual_seed(0)
+        config = transformers.GraniteConfig(
+            vocab_size=20, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
+            num_key_value_heads=2, residual_multiplier=0.5, pad_token_id=0,
+        )  # fmt: skip
+        return transformers.GraniteForCausalLM(config).eval()
+
+    with pytest.raises(meft_kernels.UnsupportedModelError, match="granite"):
+        meft_kernels.patch(granite())
+    exec(code, {})
+    assert_trains_exactly(granite)
+    for variant in VARIANTS:
+        model = granite()
+        with torch.no_grad():
+            expected = model(**BATCH).loss
+            found = meft_kernels.patch(model, variant=variant)(**BATCH).loss
+        assert abs(found - expected) < 0.01  # blocks that were no part of the layer would show here
+    names = {"meft_kernels": meft_kernels, "model": granite().train(), "batch": BATCH}
+    exec(check, names)
+
+
+REMOTE_CODE = """
+import torch
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutput
+
+
+class MineConfig(PretrainedConfig):
+    model_type = "mine"
+
+    def __init__(self, width=32, depth=3, **kwargs):
+        super().__init__(**kwargs)
+        self.width, self.depth = width, depth
+
+
+class Layer(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.mix = nn.Linear(width, width)
+        self.rise, self.fall = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
+
+    def forward(self, x, scale):
+        x = x + self.mix(self.norm1(x)).cumsum(1) * scale
+        return x + self.fall(torch.tanh(self.rise(self.norm2(x))))
+
+
+class MineModel(PreTrainedModel):
+    config_class = MineConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.words = nn.Embedding(20, config.width)
+        self.stack = nn.ModuleList([Layer(config.width) for _ in range(config.depth)])
+        self.head = nn.Linear(config.width, 20)
+        self.post_init()
+
+    def forward(self, input_ids, labels=None):
+        x = self.words(input_ids)
+        for layer in self.stack:
+            x = layer(x, 0.5)
+        logits = self.head(x)
+        loss = None if labels is None else nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+        return CausalLMOutput(loss=loss, logits=logits)
+"""
+
+
+def test_a_model_that_brings_its_own_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other names for everything: config.width, a tensor-free positional argument, no rotary embeddings, no cache."""
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.syspath_prepend(str(tmp_path / "modules"))
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    (folder / "modeling_mine.py").write_text(REMOTE_CODE, encoding="utf-8")
+    names = '"AutoConfig": "modeling_mine.MineConfig", "AutoModelForCausalLM": "modeling_mine.MineModel"'
+    (folder / "config.json").write_text(f'{{"model_type": "mine", "auto_map": {{{names}}}}}', encoding="utf-8")
+
+    def mine() -> Any:
+        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=True)
+        torch.manual_seed(0)
+        return transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=True).eval()
+
+    meft_kernels.register_architecture(
+        meft_kernels.ArchitectureSpec(
+            model_types=("mine",),
+            layers=(
+                meft_kernels.LayerSpec(
+                    layer_class="Layer",
+                    attention_block=lambda layer, x, scale: x + layer.mix(layer.norm1(x)).cumsum(1) * scale,
+                    mlp_block=lambda layer, x, scale: x + layer.fall(torch.tanh(layer.rise(layer.norm2(x)))),
+                    ffn_reads=lambda layer: layer.rise,
+                    ffn_writes=lambda layer: layer.fall,
+                ),
+            ),
+            activation=lambda config: "tanh",
+            hidden_size=lambda config: config.width,
+        )
+    )
+    assert_trains_exactly(mine)
+    model = meft_kernels.patch(mine(), rank=4)
+    assert "stack" in str(meft_kernels.describe(model))
+    with torch.no_grad():
+        expected = model(**BATCH).logits
+        meft_kernels.save_adapter(model, tmp_path / "adapter")
+        found = meft_kernels.load_adapter(mine(), tmp_path / "adapter")(**BATCH).logits
+    assert torch.equal(found, expected)
+
+
+def test_a_spec_without_layers_is_refused() -> None:
+    with pytest.raises(ValueError, match="at least one"):
+        meft_kernels.register_architecture(
+            meft_kernels.ArchitectureSpec(model_types=("mine",), layers=(), activation=lambda config: "gelu")
+        )
