@@ -205,7 +205,7 @@ def _layouts(layout: str) -> dict[str, bool]:
     return {"FLAT": layout == "flat", "EVEN": layout != "odd"}
 
 
-def coupling_cases(qs: tuple[int, ...] = (1, 8, 10), *, representative: bool = False) -> Iterator[Case]:
+def coupling_cases(qs: tuple[int, ...] = (1, 8, 10, 256), *, representative: bool = False) -> Iterator[Case]:
     """The coupling kernels: every specialisation worth having, or a subset that holds one of each kind of code.
 
     Layouts: "flat" is what a model runs; "rows" a strided stream; "odd" a width that is no multiple of eight.

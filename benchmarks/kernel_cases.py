@@ -23,7 +23,7 @@ OPS = (
 )
 WITH_RANK = OPS[2:]
 FRACTION_BITS = 13
-LAYER_LANE = -0.125
+LAYER_LANE = -1 / 256
 """Coefficient of the lane that couples a whole layer, centered; the adapter's lane has coefficient 1 (meft2)."""
 
 

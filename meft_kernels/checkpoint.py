@@ -60,7 +60,8 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
         "library": "meft_kernels",
         "library_version": _library_version(),
         **_describe_base(base),
-        "config": state.config.to_dict(),
+        # With the coefficients that the config left to this version's defaults.
+        "config": dataclasses.replace(state.config, **_coefficients(state.config)).to_dict(),
         "fraction_bits": fraction_bits_of(state),
         "base_fingerprint": _fingerprint(base, names.values()),
     }
@@ -97,6 +98,8 @@ def load_adapter(model: Model, directory: str | os.PathLike[str]) -> Model:
     # How this process runs the model is its own business: an adapter trained with Triton kernels loads without them.
     here = MeftConfig() if state is None else state.config
     own = _RUN_SETTINGS if fresh else (*_RUN_SETTINGS, *_START_SETTINGS)
+    if _coefficients(here) == _coefficients(config):
+        own = (*own, "lam", "beta")  # one may name what the other leaves to the defaults
     patch(model, dataclasses.replace(config, **{name: getattr(here, name) for name in own}))
     try:
         _load_weights(base, require_state(model), folder, description)
@@ -105,6 +108,10 @@ def load_adapter(model: Model, directory: str | os.PathLike[str]) -> Model:
             unpatch(model)
         raise
     return model
+
+
+def _coefficients(config: MeftConfig) -> dict[str, Any]:
+    return dict(zip(("lam", "beta"), config.coefficients, strict=True))
 
 
 def _saved_names(base: Any, state: PatchState) -> dict[str, str]:

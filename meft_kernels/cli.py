@@ -36,7 +36,7 @@ app = typer.Typer(
 console = Console()
 errors = Console(stderr=True)
 
-Model = Annotated[str, typer.Option(help="minilm, smollm2, a .gguf file, a folder or a hub id.")]
+Model = Annotated[str, typer.Option(help="minilm, smollm2, gemma3, a .gguf file, a folder or a hub id.")]
 Data = Annotated[str, typer.Option(help="rotten_tomatoes, imdb, or a .csv file with the columns text and label.")]
 Variant = Annotated[str, typer.Option(help="meft1, meft2 or meft3.")]
 Rank = Annotated[int | None, typer.Option(help="Bottleneck width of the adapters.")]

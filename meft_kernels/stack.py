@@ -70,7 +70,7 @@ class ReversibleStack:
         self.layerdrop = spec.layerdrop(model_config) > 0
         """Whether the owner leaves out layers at random in training."""
         self.config = config
-        self.plan = make_plan(config)
+        self.plan = make_plan(config, post_norm=spec.post_norm(model_config))
         self.engine = config.engine
         self.first = config.frozen_layers
         self.layers: list[PatchedLayer] = []

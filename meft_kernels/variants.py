@@ -65,24 +65,29 @@ def _lane(name: Literal["F", "G"], branch: Branch, coefficient: float, centered:
     return Lane(name, branch, coefficient, centered)
 
 
-def _readout(config: MeftConfig, first: Lane, second: Lane) -> tuple[float, float]:
+def _readout(config: MeftConfig, first: Lane, second: Lane, *, post_norm: bool) -> tuple[float, float]:
     if config.readout == "mean":
         return 0.5, 0.5
     # The state stream is what the pretrained branch wrote last: y1 for meft1 (handed on as x2), y2 for meft2 (as x1)
-    # and for meft3 (as x2). What the next layer's leak would have added comes along: a bare adapter follows a whole
-    # layer, and without it the last adapter's output would be lost.
+    # and for meft3 (as x2). What the next layer's leak would have added comes along where it helps: in meft1 without it
+    # the last adapter's output would be lost; in a residual stream it makes the last update grow by as much as those
+    # before it have grown, which the final norm does not see. Where layers end in a norm it is but one more error:
+    # MiniLM's last hidden states are off by 0.75 % without, 1.05 % with it.
     if config.variant == "meft3":
         return 0.0, 1.0
+    if config.variant == "meft2" and config.coupling == "centered" and post_norm:
+        return 1.0, 0.0
     leak = (first if config.variant == "meft1" else second).coefficient
     state = 1 - leak if config.coupling == "centered" else 1.0
     return (leak, state) if config.variant == "meft1" else (state, leak)
 
 
-def make_plan(config: MeftConfig) -> Plan:
-    """The lanes and the read-out that a config asks for."""
+def make_plan(config: MeftConfig, *, post_norm: bool) -> Plan:
+    """The lanes and the read-out that a config asks for, of layers that end in a norm or do not."""
     branches = _BRANCHES[config.variant]
     lam, beta = config.coefficients
     centered = config.coupling == "centered"
     first = _lane("F", branches[0], lam, centered)
     second = _lane("G", branches[1], beta, centered)
-    return Plan(first, second, switched=config.variant != "meft3", readout=_readout(config, first, second))
+    readout = _readout(config, first, second, post_norm=post_norm)
+    return Plan(first, second, switched=config.variant != "meft3", readout=readout)

@@ -81,23 +81,27 @@ def test_paper_presets_train(variant: str) -> None:
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision(variant: str, dtype: torch.dtype) -> None:
-    """Exact in 16 bits too, and no further from the fp32 truth than plain autograd in the same dtype, times 1.1."""
-    errors = {}
-    batch = tiny_batch(tiny_llama())
-    torch.manual_seed(5)
-    truth_model = meft_kernels.patch(
-        tiny_llama().to(dtype).float(), engine="autograd", variant=variant, **TRAINABLE_START
-    )
-    _, truth = train_step(truth_model, batch)
-    for engine in ("reversible", "autograd"):
+    """Exact in 16 bits too, and no further from the fp32 truth than plain autograd in the same dtype, times 1.1.
+
+    Over eight batches together: on one alone rounding scatters the ratio of the two by 0.13 to either side of 1.
+    """
+    squares = {"reversible": 0.0, "autograd": 0.0}
+    for seed in range(8):
+        batch = tiny_batch(tiny_llama(), seed=seed)
         torch.manual_seed(5)
-        model = meft_kernels.patch(tiny_llama().to(dtype), engine=engine, variant=variant, **TRAINABLE_START).train()
-        witness = StreamWitness(model)
-        _, gradients = train_step(model, batch)
-        errors[engine] = relative_error(gradients, truth)
-        if engine == "reversible":
-            witness.assert_exact(3)
-    assert errors["reversible"] <= 1.1 * errors["autograd"]
+        truth_model = meft_kernels.patch(
+            tiny_llama().to(dtype).float(), engine="autograd", variant=variant, **TRAINABLE_START
+        )
+        _, truth = train_step(truth_model, batch)
+        for engine in squares:
+            torch.manual_seed(5)
+            model = meft_kernels.patch(tiny_llama().to(dtype), engine=engine, variant=variant, **TRAINABLE_START)
+            witness = StreamWitness(model.train())
+            _, gradients = train_step(model, batch)
+            squares[engine] += relative_error(gradients, truth) ** 2
+            if engine == "reversible":
+                witness.assert_exact(3)
+    assert squares["reversible"] <= 1.1**2 * squares["autograd"]
 
 
 def test_dropout_replays() -> None:

@@ -35,6 +35,7 @@ from meft_kernels.architectures import find_architecture
 from meft_kernels.describe import describe
 from meft_kernels.patching import require_state, unwrap
 
+from .architectures.zoo import tiny
 from .models import FAMILIES, TRAINABLE_START, VARIANTS, tiny_batch, tiny_bert, tiny_llama, train_step
 
 HEADS = [
@@ -146,8 +147,9 @@ def test_print_trainable_parameters(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("settings", "bits"),
     [
-        ({}, 3),
-        ({"variant": "meft3"}, 6),
+        ({}, 8),
+        ({"variant": "meft3"}, 12),
+        ({"beta": -0.125}, 3),
         ({"beta": 0.1}, 4),
         ({"beta": 1.0}, 0),
         ({"arithmetic": "float"}, 0),
@@ -163,6 +165,17 @@ def test_describe(settings: dict[str, Any], bits: int) -> None:
     assert description.trainable_parameters == sum(p.numel() for p in model.parameters() if p.requires_grad)
     text = str(description)
     assert all(word in text for word in ("LlamaForCausalLM", description.variant, "model.layers", "bytes per token"))
+
+
+@pytest.mark.parametrize(
+    ("name", "readout"), [("llama", (257 / 256, -1 / 256)), ("bert", (1.0, 0.0)), ("opt-post-norm", (1.0, 0.0))]
+)
+def test_readout_follows_the_place_of_the_norms(name: str, readout: tuple[float, float]) -> None:
+    """In a residual stream what the next leak would have added comes along; where layers end in a norm it would err."""
+    (stack,) = require_state(meft_kernels.patch(tiny(name))).stacks
+    assert stack.plan.readout == readout
+    (stack,) = require_state(meft_kernels.patch(tiny(name), variant="meft1")).stacks
+    assert stack.plan.readout == (-1 / 256, 257 / 256)
 
 
 def test_adapters_are_float32_beside_a_bfloat16_model() -> None:

@@ -26,7 +26,7 @@ def test_report(family: str, variant: str) -> None:
     assert report.repeats
     assert report.layers == 3
     assert report.gradient_error <= 1e-5
-    bits = 6 if variant == "meft3" else 3
+    bits = 12 if variant == "meft3" else 8
     assert report.saved_bytes_per_layer == 4 * 8 * 64 * bits / 8 + 16  # and two checksums
     assert report.start_loss == pytest.approx(report.base_loss, abs=0.5)
     assert "bit exact" in str(report)

@@ -61,6 +61,7 @@ register_architecture(
                 mlp_block=_encoder_mlp_block,
                 ffn_reads=lambda layer: layer.fc1,
                 ffn_writes=lambda layer: layer.fc2,
+                post_norm=lambda config: True,
                 layerdrop=lambda config: config.encoder_layerdrop,
             ),
             LayerSpec(
@@ -69,6 +70,7 @@ register_architecture(
                 mlp_block=_mlp_block,
                 ffn_reads=lambda layer: layer.fc1,
                 ffn_writes=lambda layer: layer.fc2,
+                post_norm=lambda config: True,
                 layerdrop=lambda config: config.decoder_layerdrop,
             ),
         ),

@@ -39,6 +39,7 @@ register_architecture(
                 mlp_block=_mlp_block,
                 ffn_reads=lambda layer: layer.intermediate,
                 ffn_writes=lambda layer: layer.output.dense,
+                post_norm=lambda config: True,
             ),
         ),
         activation=lambda config: config.hidden_act,

@@ -27,6 +27,7 @@ register_architecture(
                 mlp_block=_mlp_block,
                 ffn_reads=lambda layer: layer.ffn,
                 ffn_writes=lambda layer: layer.ffn.lin2,
+                post_norm=lambda config: True,
             ),
         ),
         activation=lambda config: config.activation,

@@ -40,6 +40,7 @@ register_architecture(
                 mlp_block=_mlp_block,
                 ffn_reads=lambda layer: layer.fc1,
                 ffn_writes=lambda layer: layer.fc2,
+                post_norm=lambda config: not config.do_layer_norm_before,
                 layerdrop=lambda config: config.layerdrop,
             ),
         ),

@@ -15,6 +15,10 @@ if TYPE_CHECKING:
 Block = Callable[..., Any]
 
 
+def _pre_norm(config: Any) -> bool:
+    return False
+
+
 def _no_layerdrop(config: Any) -> float:
     return 0.0
 
@@ -58,6 +62,10 @@ class LayerSpec:
 
     ffn_writes: Callable[[Any], nn.Module]
     """``layer -> module`` whose output is what the second FFN linear gives, before residual and norm."""
+
+    post_norm: Callable[[Any], bool] = _pre_norm
+    """Whether, by the model's config, the layer ends in a norm of all its output, so that no residual stream goes
+    through it. Decides the read-out."""
 
     layerdrop: Callable[[Any], float] = _no_layerdrop
     """The probability, from the model's config, with which its forward leaves out such a layer in training."""

