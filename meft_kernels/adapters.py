@@ -13,6 +13,7 @@ from torch import nn
 from transformers.activations import ACT2FN
 
 from . import ops
+from .errors import ReversibleUsageError
 from .ops import AdapterWeights
 from .ops.coupling.api import Impl
 
@@ -175,6 +176,11 @@ class FfnTap:
         hidden_states = self._pending.pop(threading.get_ident(), None)
         if hidden_states is None:
             return None
-        if isinstance(output, tuple):  # a mixture of experts may return its routing as well
-            return self.adapter.add_to(output[0], hidden_states), *output[1:]
-        return self.adapter.add_to(output, hidden_states)
+        written, *rest = output if isinstance(output, tuple) else (output,)  # a router's choice may come along
+        if written.shape != hidden_states.shape:
+            raise ReversibleUsageError(
+                f"the FFN read hidden states of shape {tuple(hidden_states.shape)} and gave {tuple(written.shape)}: "
+                "the family's ffn_reads and ffn_writes do not tap the same call"
+            )
+        written = self.adapter.add_to(written, hidden_states)
+        return (written, *rest) if isinstance(output, tuple) else written

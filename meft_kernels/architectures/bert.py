@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from transformers.pytorch_utils import apply_chunking_to_forward
 
 from .registry import register_architecture
 from .spec import ArchitectureSpec, LayerSpec
@@ -28,8 +29,9 @@ def _attention_block(
 
 
 def _mlp_block(layer: Any, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-    # Chunking (config.chunk_size_feed_forward) splits rows only to save memory; nothing is kept here anyway.
-    return layer.feed_forward_chunk(hidden_states)
+    return apply_chunking_to_forward(
+        layer.feed_forward_chunk, layer.chunk_size_feed_forward, layer.seq_len_dim, hidden_states
+    )
 
 
 register_architecture(

@@ -25,7 +25,7 @@ register_architecture(
                 layer_class="TransformerBlock",
                 attention_block=_attention_block,
                 mlp_block=_mlp_block,
-                ffn_reads=lambda layer: layer.ffn,
+                ffn_reads=lambda layer: layer.ffn.lin1,
                 ffn_writes=lambda layer: layer.ffn.lin2,
                 post_norm=lambda config: True,
             ),

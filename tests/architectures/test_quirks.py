@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +12,7 @@ import transformers
 from torch import nn
 
 import meft_kernels
+from meft_kernels.architectures import find_architecture
 
 from ..models import StreamWitness, worst_error
 from .exactness import CASES, FP32_BOUND, assert_exact, loss_of, patched, step
@@ -90,6 +93,40 @@ def test_soft_capping_is_the_attentions_own() -> None:
             model = tiny("gemma2", attn_implementation="eager", attn_logit_softcapping=0.5)
             results.append(step(patched(model, variant=variant, engine=engine).train(), batch))
         assert worst_error(results[0][1], results[1][1]) <= FP32_BOUND
+
+
+def test_a_language_model_head_tied_to_the_embeddings(tmp_path: Path) -> None:
+    """Trained as a module to save, it takes the embeddings along: one weight, its gradient the sum of both uses."""
+    results = []
+    for engine in ("reversible", "autograd"):
+        model = patched(tiny("gemma3_text"), engine=engine, modules_to_save=("lm_head",)).train()
+        assert model.lm_head.weight is model.get_input_embeddings().weight
+        batch = batch_for(model)
+        results.append(step(model, batch))
+    assert results[0][0] == results[1][0]
+    assert worst_error(results[0][1], results[1][1]) <= FP32_BOUND
+    assert "model.embed_tokens.weight" in results[0][1]
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1.5)
+        expected = model.eval()(**batch).logits
+        meft_kernels.save_adapter(model, tmp_path)
+        found = meft_kernels.load_adapter(tiny("gemma3_text"), tmp_path)(**batch).logits
+    assert torch.equal(found, expected)
+
+
+def test_taps_that_do_not_belong_together_are_refused() -> None:
+    """An adapter's output must not be broadcast over an FFN's that was computed in chunks."""
+    spec = find_architecture("distilbert")
+    assert spec is not None
+    wrong = dataclasses.replace(spec.layers[0], ffn_reads=lambda layer: layer.ffn)
+    model = tiny("distilbert-chunked")
+    try:
+        meft_kernels.register_architecture(dataclasses.replace(spec, layers=(wrong,)))
+        patched(model)
+        with pytest.raises(meft_kernels.ReversibleUsageError, match=r"\(2, 7, 32\) and gave \(2, 1, 32\)"):
+            model(**batch_for(model))
+    finally:
+        meft_kernels.register_architecture(spec)
 
 
 # What trains besides the adapters: heads that pretraining did not make.

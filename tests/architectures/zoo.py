@@ -73,6 +73,8 @@ class Entry:
 
 _VARIATIONS = {
     "bert-decoder": Entry("bert", {"is_decoder": True}),
+    "bert-chunked": Entry("bert", {"chunk_size_feed_forward": 1}),
+    "distilbert-chunked": Entry("distilbert", {"chunk_size_feed_forward": 1}),
     "deberta-v2-relative": Entry(
         "deberta-v2",
         {
