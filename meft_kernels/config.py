@@ -31,7 +31,7 @@ _PAPER_COEFFICIENTS = {"meft1": (0.1, 1.0), "meft2": (1.0, 0.1), "meft3": (0.1, 
 
 # Ours: a bare adapter's lane stays at 1, where nothing is lost and no remainder is stored; that of a whole layer has
 # -1/256, so that its remainder is a byte. The error of the start is proportional to it: at -1/8 (3 bits) patching moved
-# the loss of Gemma-3-270M by 0.18 nats, and MiniLM's last hidden states by 36 %; benchmarks/results/start_loss.md has
+# the loss of Gemma-3-270M by 0.18 nats, and MiniLM's last hidden states by 25 %; benchmarks/results/start_loss.md has
 # the figures. meft3 leaks in both lanes, half a layer's update in each: -1/64 (6 bits) gives it a like start.
 _CENTERED_COEFFICIENTS = {"meft1": (-1 / 256, 1.0), "meft2": (1.0, -1 / 256), "meft3": (-1 / 64, -1 / 64)}
 
