@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 from transformers.activations import ACT2FN
 
 from . import ops
@@ -154,10 +155,19 @@ class FfnTap:
     plain object rather than closures, so that ``copy.deepcopy`` of a patched model taps the copy.
     """
 
-    def __init__(self, adapter: Adapter, reads: nn.Module, writes: nn.Module, switch: Switch) -> None:
+    def __init__(self, adapter: Adapter, switch: Switch) -> None:
         self.adapter = adapter
         self._switch = switch
         self._pending: dict[int, torch.Tensor] = {}  # by thread: nn.DataParallel replicas share this object
+        self._tapped: tuple[nn.Module, nn.Module] | None = None
+        self._handles: list[RemovableHandle] = []
+
+    def follow(self, reads: nn.Module, writes: nn.Module) -> None:
+        """Tap these modules, if they are not those tapped already: PEFT puts others in their place when it merges."""
+        if self._tapped is not None and self._tapped[0] is reads and self._tapped[1] is writes:
+            return
+        self.remove()
+        self._tapped = reads, writes
         self._handles = [
             reads.register_forward_pre_hook(self._read, with_kwargs=True),
             writes.register_forward_hook(self._write),
@@ -167,6 +177,12 @@ class FfnTap:
         """Take both hooks off."""
         for handle in self._handles:
             handle.remove()
+        self._handles, self._tapped = [], None
+        self.forget()
+
+    def forget(self) -> None:
+        """Drop what was read and not written, because a module in between failed."""
+        self._pending.pop(threading.get_ident(), None)
 
     def _read(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not self._switch.bypassed:

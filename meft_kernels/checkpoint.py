@@ -96,7 +96,7 @@ def load_adapter(model: Model, directory: str | os.PathLike[str]) -> Model:
     state = find_state(model)
     fresh = state is None
     # How this process runs the model is its own business: an adapter trained with Triton kernels loads without them.
-    here = MeftConfig() if state is None else state.config
+    here = MeftConfig(variant=config.variant, coupling=config.coupling) if state is None else state.config
     own = _RUN_SETTINGS if fresh else (*_RUN_SETTINGS, *_START_SETTINGS)
     if _coefficients(here) == _coefficients(config):
         own = (*own, "lam", "beta")  # one may name what the other leaves to the defaults

@@ -34,6 +34,8 @@ _PAPER_COEFFICIENTS = {"meft1": (0.1, 1.0), "meft2": (1.0, 0.1), "meft3": (0.1, 
 # the loss of Gemma-3-270M by 0.18 nats, and MiniLM's last hidden states by 25 %; benchmarks/results/start_loss.md has
 # the figures. meft3 leaks in both lanes, half a layer's update in each: -1/64 (6 bits) gives it a like start.
 _CENTERED_COEFFICIENTS = {"meft1": (-1 / 256, 1.0), "meft2": (1.0, -1 / 256), "meft3": (-1 / 64, -1 / 64)}
+# Float streams keep no remainder, and their inverse amplifies rounding by 1/coefficient in each layer.
+_CENTERED_FLOAT_COEFFICIENTS = {"meft1": (-1 / 8, 1.0), "meft2": (1.0, -1 / 8), "meft3": (-1 / 8, -1 / 8)}
 
 
 def _option(default: Any, text: str) -> Any:
@@ -121,7 +123,9 @@ class MeftConfig:
     @property
     def coefficients(self) -> tuple[float, float]:
         """(lambda, beta), the variant's own where none was given."""
-        table = _PAPER_COEFFICIENTS if self.coupling == "paper" else _CENTERED_COEFFICIENTS
+        table = _PAPER_COEFFICIENTS
+        if self.coupling == "centered":
+            table = _CENTERED_COEFFICIENTS if self.arithmetic == "exact" else _CENTERED_FLOAT_COEFFICIENTS
         lam, beta = table[self.variant]
         return (lam if self.lam is None else self.lam, beta if self.beta is None else self.beta)
 

@@ -31,15 +31,15 @@ class Extras:
         """Those that need a gradient: further outputs of the layer's Function."""
         return [self.leaves[place] for place in self.places]
 
-    def take(self, outputs: Sequence[torch.Tensor]) -> tuple[Any, ...]:
-        """All of them as the layer returned them, with ``outputs`` in the places of :meth:`differentiable`.
+    def take(self, outputs: Sequence[torch.Tensor] = ()) -> tuple[Any, ...] | None:
+        """All of them as the layer returned them, ``outputs`` in the places of :meth:`differentiable`.
 
-        They are handed over and not kept here: this object lives until backward.
+        None if it returned hidden states bare. They are handed over and not kept: this object lives until backward.
         """
         if self.tree is None:
-            return ()
+            return None
         leaves, self.leaves = self.leaves, []
-        for place, output in zip(self.places, outputs, strict=True):
+        for place, output in zip(self.places, outputs, strict=bool(outputs)):
             leaves[place] = output
         values: tuple[Any, ...] = tree_unflatten(leaves, self.tree)
         return values

@@ -18,7 +18,7 @@ from .variants import Branch, Plan
 if TYPE_CHECKING:
     from .stack import ReversibleStack
 
-CACHE_ARGUMENTS = ("past_key_values", "past_key_value", "layer_past", "use_cache")
+CACHE_ARGUMENTS = ("past_key_values", "past_key_value", "layer_past")
 """Names under which a layer may be handed a KV cache; a recompute would append to it."""
 
 
@@ -89,11 +89,15 @@ class PatchedLayer:
         kwargs.update(zip(self._parameters, args, strict=False))
         hidden_states = kwargs.pop(self._parameters[0])
         try:
+            if self.tap is not None:
+                self.tap.follow(self.spec.ffn_reads(self.module), self.spec.ffn_writes(self.module))
             hidden_states, extras = self.stack.run(self, hidden_states, kwargs)
         except BaseException:
             self.stack.abandon()
+            if self.tap is not None:
+                self.tap.forget()
             raise
-        return (hidden_states, *extras) if extras else hidden_states
+        return hidden_states if extras is None else (hidden_states, *extras)
 
     def has(self, branch: Branch) -> bool:
         return branch != "adapter" or self.adapter is not None
@@ -106,18 +110,18 @@ class PatchedLayer:
 
     def run(
         self, branch: Branch, hidden_states: torch.Tensor, kwargs: dict[str, Any]
-    ) -> tuple[torch.Tensor, tuple[Any, ...]]:
+    ) -> tuple[torch.Tensor, tuple[Any, ...] | None]:
         """Compute one branch; see :data:`meft_kernels.variants.Branch`.
 
         Returns:
             Its hidden states, and what else the layer returns if this branch is what makes it (attention weights, T5's
-            position biases).
+            position biases): None where that is hidden states alone, and not a tuple with nothing else in it.
         """
-        extras: tuple[Any, ...] = ()
+        extras: tuple[Any, ...] | None = None
         if branch == "layer":
             return _split(self.original(hidden_states, **kwargs))
         if branch == "mlp":
-            return self.spec.mlp_block(self.module, hidden_states, **kwargs), ()
+            return self.spec.mlp_block(self.module, hidden_states, **kwargs), None
         if branch == "attention":
             hidden_states, extras = _split(self.spec.attention_block(self.module, hidden_states, **kwargs))
         if self.adapter is None:
@@ -126,13 +130,13 @@ class PatchedLayer:
         return (adapted if branch == "adapter" else hidden_states + adapted), extras
 
 
-def _split(output: Any) -> tuple[torch.Tensor, tuple[Any, ...]]:
-    return (output[0], tuple(output[1:])) if isinstance(output, tuple | list) else (output, ())
+def _split(output: Any) -> tuple[torch.Tensor, tuple[Any, ...] | None]:
+    return (output[0], tuple(output[1:])) if isinstance(output, tuple | list) else (output, None)
 
 
 def without_cache(kwargs: dict[str, Any]) -> dict[str, Any]:
     """The arguments of a recompute, which must not append to a KV cache."""
-    return {name: value for name, value in kwargs.items() if name not in CACHE_ARGUMENTS}
+    return {name: value for name, value in kwargs.items() if name not in (*CACHE_ARGUMENTS, "use_cache")}
 
 
 def differentiable(

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
 from .adapters import Adapter, FfnTap
-from .architectures import ArchitectureSpec, LayerSpec, find_architecture, supported_model_types
+from .architectures import ArchitectureSpec
 from .config import MeftConfig
-from .errors import PatchError, UnsupportedModelError
+from .errors import PatchError
 from .layer import PatchedLayer
 from .stack import ReversibleStack
+from .targets import LayerList, check_trainable, find_layers, find_spec, is_peft, modules_to_train
 
 logger = logging.getLogger(__name__)
 
@@ -71,22 +73,23 @@ def patch(model: Model, config: MeftConfig | None = None, **overrides: Any) -> M
             f"already patched with {', '.join(differing)}: call unpatch(model) first (it drops the adapters)"
         )
     base = unwrap(model)
-    spec = _find_spec(base)
-    lists = _find_layers(base, spec)
-    if (objection := spec.objection(base.config, config)) is not None:
-        raise UnsupportedModelError(f"{type(base).__name__} cannot be patched with these settings: {objection}")
-    _check_trainable(base, lists, config)
-    adapters = [[_make_adapters(layer, base, spec, config) for layer in found.layers] for found in lists]
-    trained = _modules_to_train(base, spec, config)
+    spec = find_spec(base, config)
+    lists = find_layers(base, spec)
+    check_trainable(base, lists, config)
+    adapters = [
+        [_make_adapters(layer, target, base, spec, config) for layer in target.layers[config.frozen_layers :]]
+        for target in lists
+    ]
+    trained = modules_to_train(base, spec, config)
 
     # Nothing was changed so far, and nothing can fail from here on.
     required_grad = {name: parameter.requires_grad for name, parameter in base.named_parameters()}
     if config.adapters == "all":
         for parameter in base.parameters():
-            parameter.requires_grad_(parameter.requires_grad and _is_peft(base))
+            parameter.requires_grad_(parameter.requires_grad and is_peft(base))
     for name in trained:
         base.get_submodule(name).requires_grad_(True)
-    stacks = [_bind(found, made, spec, base.config, config) for found, made in zip(lists, adapters, strict=True)]
+    stacks = [_bind(target, made, config) for target, made in zip(lists, adapters, strict=True)]
     object.__setattr__(base, _STATE, PatchState(config, stacks, trained, required_grad))
     trainable, total = count_parameters(base)
     logger.info(
@@ -99,6 +102,8 @@ def patch(model: Model, config: MeftConfig | None = None, **overrides: Any) -> M
         f"{trainable:,}",
         f"{total:,}",
     )
+    for stack in stacks:
+        _warn_of_drift(stack, base.dtype)
     return model
 
 
@@ -177,123 +182,28 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
     return trainable, total
 
 
-def _find_spec(model: nn.Module) -> ArchitectureSpec:
-    model_type = getattr(getattr(model, "config", None), "model_type", None)
-    spec = find_architecture(model_type) if model_type else None
-    if spec is None:
-        what = (
-            f"model type {model_type!r}" if model_type else f"{type(model).__name__}, which has no config.model_type,"
+def _warn_of_drift(stack: ReversibleStack, dtype: torch.dtype) -> None:
+    """Float streams, and with them their rounding, are divided by the coefficients in every layer on the way back."""
+    layers = stack.reversible_end - stack.first
+    if stack.config.arithmetic != "float" or not layers:
+        return
+    growth = -sum(math.log10(abs(lane.coefficient)) for lane in (stack.plan.first, stack.plan.second))
+    error = layers * growth + math.log10(torch.finfo(dtype).eps)
+    if error > -2:
+        logger.warning(
+            "meft_kernels: float streams of %s: undoing %d layers amplifies the rounding of %s to about 10^%.0f of the "
+            "hidden states, so the gradients of the lower layers will be wrong. Use arithmetic='exact', or at most "
+            "reversible_layers=%d.",
+            stack.name,
+            layers,
+            str(dtype).removeprefix("torch."),
+            error,
+            max(0, int((-2 - math.log10(torch.finfo(dtype).eps)) / growth)),
         )
-        raise UnsupportedModelError(
-            f"{what} is not supported; supported are: {', '.join(supported_model_types())}. A family of your own is "
-            "made known with meft_kernels.register_architecture"
-        )
-    return spec
-
-
-class _LayerList(NamedTuple):
-    """One list of a family's layers in a model."""
-
-    owner: nn.Module
-    """The model whose forward loops over it."""
-    name: str
-    """Qualified name."""
-    layers: list[nn.Module]
-    spec: LayerSpec
-
-
-def _find_layers(model: nn.Module, spec: ArchitectureSpec) -> list[_LayerList]:
-    found = []
-    for name, module in model.named_modules():
-        if not isinstance(module, nn.ModuleList) or not len(module):
-            continue
-        kind = next((kind for kind in spec.layers if all(kind.matches(layer) for layer in module)), None)
-        if kind is not None:
-            parents = [
-                name.rsplit(".", depth)[0] if depth <= name.count(".") else ""
-                for depth in range(1, name.count(".") + 2)
-            ]
-            owners = [model.get_submodule(parent) for parent in parents]
-            # The nearest transformers model (BertModel, not BertEncoder): its call has the user's own arguments.
-            owner = next(
-                (owner for owner in owners if hasattr(owner, "config") and hasattr(owner, "base_model_prefix")), model
-            )
-            found.append(_LayerList(owner, name, list(module), kind))
-    if not found:
-        names = [name for kind in spec.layers for name in kind.class_names]
-        raise UnsupportedModelError(f"{type(model).__name__} holds no list of layers named {' or '.join(names)}")
-    return found
-
-
-def _check_trainable(model: nn.Module, lists: list[_LayerList], config: MeftConfig) -> None:
-    """Refuse, before anything is changed, what could not train."""
-    quantizer = getattr(model, "hf_quantizer", None)
-    if quantizer is not None and not getattr(quantizer, "is_trainable", True):
-        raise UnsupportedModelError(
-            f"the model is quantised by {type(quantizer).__name__}, which gives no gradients: load it with a method "
-            "that trains (bitsandbytes 4-bit, torchao), or dequantised"
-        )
-    for _, name, layers, _ in lists:
-        tensors = [tensor for layer in layers for tensor in (*layer.parameters(), *layer.buffers())]
-        if any(tensor.is_meta for tensor in tensors):
-            raise UnsupportedModelError(
-                f"{name} has weights on the meta device (offloaded, or never loaded): load them first"
-            )
-        if len(devices := {tensor.device for tensor in tensors}) > 1:
-            raise UnsupportedModelError(
-                f"{name} is spread over {', '.join(sorted(map(str, devices)))}; the streams live on one device: load "
-                "the model without device_map, or use data parallelism"
-            )
-        if any(getattr(layer, "gradient_checkpointing", False) for layer in layers):
-            raise UnsupportedModelError(
-                "gradient checkpointing is on: call model.gradient_checkpointing_disable() (reversible layers already "
-                "keep no activations)"
-            )
-        if any("forward" in vars(layer) and isinstance(vars(layer)["forward"], PatchedLayer) for layer in layers):
-            raise PatchError(f"layers of {name} are already patched as part of another model")
-        if len(set(map(id, layers))) < len(layers):
-            raise UnsupportedModelError(f"{name} holds the same layer more than once: shared layers are not supported")
-        patched = len(layers) - config.frozen_layers
-        if patched < 1:
-            raise ValueError(f"frozen_layers={config.frozen_layers} leaves none of the {len(layers)} layers of {name}")
-        if config.reversible_layers is not None and config.reversible_layers > patched:
-            raise ValueError(
-                f"reversible_layers={config.reversible_layers}, but {name} has {patched} layers above the "
-                f"{config.frozen_layers} frozen ones"
-            )
-
-
-def _is_peft(model: Any) -> bool:
-    """Whether PEFT has decided what trains: it has frozen all but its own weights, and the heads it was told to train.
-
-    Somebody who wrapped the model in it wants that kept.
-    """
-    return hasattr(model, "peft_config")
-
-
-def _modules_to_train(model: Any, spec: ArchitectureSpec, config: MeftConfig) -> tuple[str, ...]:
-    """Names of the modules that train whole; by default a task head that is no language-model head."""
-    if config.modules_to_save is not None:
-        names = config.modules_to_save
-        known = {name for name, _ in model.named_modules()}
-        if unknown := [name for name in names if name not in known]:
-            raise ValueError(f"modules_to_save: the model has no module {', '.join(unknown)}")
-        return names
-    if config.adapters == "none" or _is_peft(model):
-        return ()
-    base = getattr(model, "base_model", model)
-    if base is model or model.get_output_embeddings() is not None:
-        return ()
-    modules = dict(model.named_modules())
-    heads = [name for name, child in model.named_children() if child is not base]
-    inner = [f"{model.base_model_prefix}.{name}" for name in spec.head_modules]
-    # Some heads come without the pooler (token classification), some have nothing to train.
-    present = [name for name in (*heads, *inner) if name in modules]
-    return tuple(name for name in present if next(modules[name].parameters(), None) is not None)
 
 
 def _make_adapters(
-    layer: nn.Module, model: nn.Module, spec: ArchitectureSpec, config: MeftConfig
+    layer: nn.Module, target: LayerList, model: nn.Module, spec: ArchitectureSpec, config: MeftConfig
 ) -> dict[str, Adapter]:
     """One layer's adapters: ``ffn`` parallel to its FFN, ``stream`` for the other branch."""
     if config.adapters == "none":
@@ -303,7 +213,7 @@ def _make_adapters(
     settings: Any = model.config
     return {
         name: Adapter(
-            spec.hidden_size(settings),
+            target.hidden_size,
             config.rank,
             config.activation or spec.activation(settings),
             spec.dropout(settings) if config.dropout is None else config.dropout,
@@ -317,18 +227,11 @@ def _make_adapters(
     }
 
 
-def _bind(
-    found: _LayerList,
-    adapters: list[dict[str, Adapter]],
-    architecture: ArchitectureSpec,
-    model_config: Any,
-    config: MeftConfig,
-) -> ReversibleStack:
-    owner, name, layers, spec = found
-    stack = ReversibleStack(owner, name, architecture, spec, model_config, config)
-    for index in range(config.frozen_layers, len(layers)):
-        layer, made = layers[index], adapters[index]
-        tap = FfnTap(made["ffn"], spec.ffn_reads(layer), spec.ffn_writes(layer), stack) if made else None
+def _bind(target: LayerList, adapters: list[dict[str, Adapter]], config: MeftConfig) -> ReversibleStack:
+    stack = ReversibleStack(target, config)
+    for index, made in enumerate(adapters, config.frozen_layers):
+        layer = target.layers[index]
+        tap = FfnTap(made["ffn"], stack) if made else None
         patched = PatchedLayer(stack, layer, index, made.get("stream"), tap)
         if made:
             layer.add_module(_ADAPTERS, nn.ModuleDict(made).train(layer.training))

@@ -1,8 +1,8 @@
 """One list of layers made reversible: what each layer's ``forward`` becomes, and the forward passes through it.
 
 Nothing of a model's own forward is copied. Its loop calls the layers one by one as before; each layer's ``forward``,
-bound on the instance, is a :class:`PatchedLayer`. The first one starts a :class:`~meft_kernels.reversible.Tape`, the
-last one reads it out.
+bound on the instance, is a :class:`PatchedLayer`. The first one starts a :class:`~meft_kernels.tape.Tape`, the last
+one reads it out.
 """
 
 from __future__ import annotations
@@ -14,22 +14,25 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from .architectures import ArchitectureSpec, LayerSpec
+from .architectures import find_architecture
 from .arithmetic import Arithmetic
 from .calibration import MAX_CALIBRATED_BITS, Probe
 from .config import MeftConfig
-from .errors import ReversibleUsageError, StreamOverflowError
+from .errors import ReversibleUsageError, StreamOverflowError, UnsupportedModelError
 from .layer import CACHE_ARGUMENTS, PatchedLayer, differentiable, without_cache
 from .replay import draw_seed, seeded
 from .reversible import Enter, Exit, Reversible
 from .step import Step
 from .tape import Observer, Tape
 from .variants import make_plan
+
+if TYPE_CHECKING:
+    from .targets import LayerList
 
 logger = logging.getLogger(__name__)
 
@@ -52,25 +55,17 @@ class _Pass:
 class ReversibleStack:
     """The patched layers of one ``nn.ModuleList`` and the state of the forward passes through them."""
 
-    def __init__(
-        self,
-        owner: nn.Module,
-        name: str,
-        architecture: ArchitectureSpec,
-        spec: LayerSpec,
-        model_config: Any,
-        config: MeftConfig,
-    ) -> None:
-        self.owner = owner
+    def __init__(self, target: LayerList, config: MeftConfig) -> None:
+        self.owner = target.owner
         """The model whose forward loops over the layers."""
-        self.name = name
-        # By its place in the family's spec, which alone can be pickled.
-        self._architecture, self._kind = architecture, architecture.layers.index(spec)
-        self.hidden_size = architecture.hidden_size(model_config)
-        self.layerdrop = spec.layerdrop(model_config) > 0
+        self.name = target.name
+        self.spec = target.spec
+        self._family, self._kind = target.family, target.kind
+        self.hidden_size = target.hidden_size
+        self.layerdrop = target.layerdrop
         """Whether the owner leaves out layers at random in training."""
         self.config = config
-        self.plan = make_plan(config, post_norm=spec.post_norm(model_config))
+        self.plan = make_plan(config, post_norm=target.post_norm)
         self.engine = config.engine
         self.first = config.frozen_layers
         self.layers: list[PatchedLayer] = []
@@ -85,21 +80,24 @@ class ReversibleStack:
         if config.arithmetic == "float" or config.fraction_bits is not None:
             self.arithmetic = Arithmetic(config.fraction_bits, config.impl)
         self._handles = [
-            owner.register_forward_pre_hook(self._before_forward, with_kwargs=True),
-            owner.register_forward_hook(self._after_forward, always_call=True),
+            self.owner.register_forward_pre_hook(self._before_forward, with_kwargs=True),
+            self.owner.register_forward_hook(self._after_forward, always_call=True),
         ]
 
     def __getstate__(self) -> dict[str, Any]:
-        # For copy.deepcopy and pickle: a pass under way is nothing to copy, and threading.local cannot be.
-        return {name: value for name, value in self.__dict__.items() if name != "_local"}
+        # For copy.deepcopy and pickle: a pass under way is nothing to copy, and threading.local cannot be. The spec's
+        # callables need not be importable; the reader of a pickle has registered the family, too.
+        return {name: value for name, value in self.__dict__.items() if name not in ("_local", "spec")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
+        architecture = find_architecture(state["_family"])
+        if architecture is None or state["_kind"] >= len(architecture.layers):
+            raise UnsupportedModelError(
+                f"this model was patched with an architecture {state['_family']!r} that is not registered here: call "
+                "register_architecture before loading it"
+            )
+        self.__dict__.update(state, spec=architecture.layers[state["_kind"]])
         self._local = threading.local()
-
-    @property
-    def spec(self) -> LayerSpec:
-        return self._architecture.layers[self._kind]
 
     @property
     def reversible_end(self) -> int:
@@ -136,8 +134,11 @@ class ReversibleStack:
 
     def run(
         self, layer: PatchedLayer, hidden_states: torch.Tensor, kwargs: dict[str, Any]
-    ) -> tuple[torch.Tensor, tuple[Any, ...]]:
-        """One layer's part of a forward pass: the hidden states to hand on, and what else the layer returns."""
+    ) -> tuple[torch.Tensor, tuple[Any, ...] | None]:
+        """One layer's part of a forward pass: the hidden states to hand on, and what else the layer returns.
+
+        The latter is None for layers that return hidden states bare.
+        """
         if layer.module.training and getattr(layer.module, "gradient_checkpointing", False):
             raise ReversibleUsageError(
                 f"gradient checkpointing is on for {layer.name}, which already keeps no activations: call "
@@ -150,7 +151,7 @@ class ReversibleStack:
         if not torch.is_grad_enabled() or not (tensors or current.main.requires_grad):
             step = Step(layer, current.tape, kwargs, [])
             current.main = step.forward(hidden_states, recording=False)
-            extras = step.extras.take(step.extras.differentiable())
+            extras = step.extras.take()
         elif self._keeps_activations(layer, kwargs):
             if not current.graph:
                 current.tape, current.graph = current.tape.fork(), True
@@ -187,7 +188,8 @@ class ReversibleStack:
             expected = "the first layer" if current is None else self.layers[current.next_index - self.first].name
             raise ReversibleUsageError(
                 f"{layer.name} was called where {expected} was due: reversible layers run in order, each once "
-                "(early exits and calls of single layers are not supported)"
+                "(early exits and calls of single layers are not supported; LayerDrop is, where the model's config has "
+                "it when patch is called)"
             )
         self._check_untouched(current, layer, hidden_states)
         return current
@@ -236,7 +238,7 @@ class ReversibleStack:
     def _keeps_activations(self, layer: PatchedLayer, kwargs: dict[str, Any]) -> bool:
         if layer.index >= self.reversible_end:
             return True
-        if not layer.module.training and any(kwargs.get(name) for name in CACHE_ARGUMENTS):
+        if not layer.module.training and any(kwargs.get(name) is not None for name in CACHE_ARGUMENTS):
             _warn_once(
                 "gradients are recorded in eval mode with a KV cache, which a recompute would fill twice: activations "
                 "are kept. Pass use_cache=False, or call model.train() or torch.no_grad(), whichever you mean."
@@ -339,7 +341,7 @@ def _refuse_filled_cache(kwargs: dict[str, Any], index: int) -> None:
     """An empty KV cache may be left out of training; a filled one is an input that a recompute would not see again."""
     for name in CACHE_ARGUMENTS:
         cache = kwargs.get(name)
-        if cache is None or isinstance(cache, bool):
+        if cache is None:
             continue
         length = getattr(cache, "get_seq_length", None)
         if length is None or int(length(index)) > 0:

@@ -30,7 +30,7 @@ class Layer(Protocol):
 
     def run(
         self, branch: Branch, hidden_states: torch.Tensor, kwargs: dict[str, Any]
-    ) -> tuple[torch.Tensor, tuple[Any, ...]]:
+    ) -> tuple[torch.Tensor, tuple[Any, ...] | None]:
         """One branch of the layer, and what else the layer returns if this branch makes it."""
 
     def has(self, branch: Branch) -> bool:
@@ -104,7 +104,7 @@ class Step:
         """Whether the lane only hands its stream on: no adapter in it, and coefficient 1."""
         return not self.layer.has(lane.branch) and lane.coefficient == 1
 
-    def _branch(self, lane: Lane, hidden_states: torch.Tensor) -> tuple[torch.Tensor, tuple[Any, ...]]:
+    def _branch(self, lane: Lane, hidden_states: torch.Tensor) -> tuple[torch.Tensor, tuple[Any, ...] | None]:
         """The lane's branch under random numbers of its own, and what else the layer returns if this lane makes it."""
         with seeded(self._seed(lane), hidden_states.device):
             return self.layer.run(lane.branch, hidden_states, self.kwargs)
@@ -187,7 +187,7 @@ class Step:
                 else:
                     with torch.set_grad_enabled(recording):
                         branch, extras = self._branch(lane, center_value.detach().requires_grad_(recording))
-                    if extras:
+                    if extras is not None:
                         self.extras = Extras.of(extras)
                     branch = branch.detach()
                     del extras
@@ -204,14 +204,14 @@ class Step:
 
     def forward_with_graph(
         self, other: torch.Tensor, main: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, tuple[Any, ...]]:
+    ) -> tuple[torch.Tensor, torch.Tensor, tuple[Any, ...] | None]:
         """The same numbers under plain autograd, which keeps every activation.
 
         Returns:
             The carriers (other, main) that those given became, and what the layer returned beside the hidden states.
         """
         tape, plan = self.tape, self.layer.plan
-        extras: tuple[Any, ...] = ()
+        extras: tuple[Any, ...] | None = None
         a, center, a_carrier, center_carrier = tape.x1, tape.x2, other, main
         for lane in (plan.first, plan.second):
             branch = None
@@ -219,7 +219,7 @@ class Step:
                 y, value = a, tape.arithmetic.value(a, tape.dtype)
             else:
                 branch, made = self._branch(lane, center_carrier)
-                extras = extras or made
+                extras = made if extras is None else extras
                 with torch.no_grad():
                     coupled = self._couple(lane, a, branch, center, wants_value=True, inplace=False)
                 assert coupled.value is not None
@@ -349,7 +349,7 @@ class Step:
             leaf = given.center_value.detach().requires_grad_()
             branch, extras = self._branch(lane, leaf)
         outputs = [(branch, given.dy.to(branch.dtype))]
-        if extras:
+        if extras is not None:
             outputs += zip(self.extras.again(extras), given.d_extras, strict=True)
         outputs = [(output, gradient) for output, gradient in outputs if output.requires_grad]
         targets = [leaf, *self.inputs] if given.wants_center else self.inputs

@@ -42,6 +42,8 @@ class VerifyReport:
     """Loss of the same model with adapters and coupling out of the way."""
     layers: int
     """Reversible layers that were checked."""
+    other_layers: int
+    """Patched layers that were not: left out (LayerDrop), or their activations were kept."""
     fraction_bits: tuple[int | None, ...]
     """k of every stack; None for float streams."""
     repeats: bool
@@ -50,7 +52,7 @@ class VerifyReport:
     def __str__(self) -> str:
         rows = [
             ("bit exact", f"{self.bit_exact}" + (f", first at {self.first_mismatch}" if self.first_mismatch else "")),
-            ("layers checked", str(self.layers)),
+            ("layers checked", f"{self.layers}" + (f", {self.other_layers} others" if self.other_layers else "")),
             ("same loss in both engines", str(self.repeats)),
             ("gradient error", f"{self.gradient_error:.2e}"),
             ("worst gradient", f"{self.worst_gradient[1]:.2e} {self.worst_gradient[0]}"),
@@ -123,8 +125,7 @@ def verify(model: nn.Module, batch: Batch) -> VerifyReport:
     Args:
         model: a patched model.
         batch: keyword arguments of its forward, on its device. With labels the loss is the model's own, without it is
-        the
-            mean square of the first output.
+            the mean square of the first output.
 
     Returns:
         A report; nothing is raised for a model that is not exact.
@@ -157,18 +158,19 @@ def verify(model: nn.Module, batch: Batch) -> VerifyReport:
     ]
     checked = sum(len(recorder.equal) for recorder in recorders)
     sizes = [nbytes for recorder in recorders for nbytes in recorder.nbytes]
-    mean_size = sum(sizes) / max(1, len(sizes))
+    elements = sum(len(recorder.nbytes) * recorder.elements for recorder in recorders)
     error, worst = _gradient_errors(gradients, reference)
     return VerifyReport(
         bit_exact=checked > 0 and not mismatches,
         first_mismatch=mismatches[0] if mismatches else None,
         gradient_error=error,
         worst_gradient=worst,
-        saved_bytes_per_layer=mean_size,
-        saved_bytes_per_element=mean_size / max(1, recorders[0].elements),
+        saved_bytes_per_layer=sum(sizes) / max(1, len(sizes)),
+        saved_bytes_per_element=sum(sizes) / max(1, elements),
         start_loss=start_loss,
         base_loss=base_loss,
         layers=checked,
+        other_layers=sum(len(stack.layers) for stack in state.stacks) - checked,
         fraction_bits=fraction_bits_of(state),
         repeats=loss == reference_loss,
     )

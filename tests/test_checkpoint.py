@@ -182,6 +182,18 @@ def test_other_settings(saved: Path) -> None:
         meft_kernels.load_adapter(model, saved)
 
 
+@pytest.mark.parametrize("variant", ["meft1", "meft2", "meft3"])
+def test_patching_again_with_what_was_loaded_is_no_change(variant: str, tmp_path: Path) -> None:
+    model = meft_kernels.patch(tiny_bert(), variant=variant, rank=4)
+    meft_kernels.save_adapter(model, tmp_path)
+    again = meft_kernels.load_adapter(tiny_bert(), tmp_path)
+    assert meft_kernels.patch(again, variant=variant, rank=4) is again
+    assert meft_kernels.load_adapter(again, tmp_path) is again
+    other = meft_kernels.patch(tiny_bert(), variant=variant, rank=4, lam=-0.125, beta=-0.125)
+    with pytest.raises(PatchError, match=r"lam=-0\.125"):
+        meft_kernels.load_adapter(other, tmp_path)
+
+
 def test_nothing_to_save(tmp_path: Path) -> None:
     model = meft_kernels.patch(tiny_bert(), adapters="none")
     with pytest.raises(PatchError, match="no adapters to save"):

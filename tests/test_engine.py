@@ -69,6 +69,21 @@ def test_float_arithmetic_at_shallow_depth(variant: str, coupling: str) -> None:
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
+def test_float_arithmetic_at_its_own_defaults(variant: str, caplog: pytest.LogCaptureFixture) -> None:
+    """Shallow, the inverse holds; where it cannot, patch says so and how deep it would."""
+    model, oracle = pair("llama", variant=variant, arithmetic="float", reversible_layers=2)
+    batch = tiny_batch(model)
+    assert relative_error(train_step(model, batch)[1], train_step(oracle, batch)[1]) < 1e-2
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]
+    meft_kernels.patch(tiny_llama(layers=12), variant=variant, arithmetic="float")
+    assert "will be wrong. Use arithmetic='exact', or at most reversible_layers=" in caplog.text
+    caplog.clear()
+    meft_kernels.patch(tiny_llama(layers=12), variant=variant, arithmetic="float", engine="autograd")
+    meft_kernels.patch(tiny_llama(layers=12), variant=variant)
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_paper_presets_train(variant: str) -> None:
     config = meft_kernels.MeftConfig.paper(variant)
     assert (config.arithmetic, config.coupling, config.readout) == ("float", "paper", "mean")

@@ -45,6 +45,7 @@ register_architecture(
         activation=lambda config: config.hidden_act,
         dropout=lambda config: config.hidden_dropout_prob,
         objection=_objection,
-        notes="DeBERTa-v3 too; with a convolution (v2-xlarge) frozen_layers=1 or more",
+        notes="DeBERTa-v3 too; its encoder holds every layer's output until forward ends; with a convolution "
+        "(v2-xlarge) frozen_layers=1 or more",
     )
 )

@@ -48,5 +48,6 @@ register_architecture(
         ),
         activation=lambda config: config.activation_function,
         dropout=lambda config: config.resid_pdrop,
+        extra_heads=("multiple_choice_head",),
     )
 )

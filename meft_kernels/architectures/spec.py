@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import nn
 
 if TYPE_CHECKING:
@@ -101,24 +100,13 @@ class ArchitectureSpec:
     head_modules: tuple[str, ...] = ()
     """Children of the base model that only task heads read; they are trained along with a new head."""
 
+    extra_heads: tuple[str, ...] = ()
+    """Children of a whole model that are new heads where its structure does not show it: a head on a model that has no
+    base model inside, or one that sits beside a language-model head."""
+
     objection: Callable[[Any, MeftConfig], str | None] = _no_objection
     """``(model's config, settings) -> reason`` why this model cannot be patched with these settings, and what to do
     instead; None if it can."""
 
     notes: str = ""
     """What a user of the family must know, for the table of supported models."""
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        # By name: a pickled model finds the family that its reader has registered, whatever callables it is made of.
-        from .registry import find_architecture
-
-        return find_architecture, (self.model_types[0],)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> ArchitectureSpec:
-        return self
-
-
-def hidden_states_of(output: Any) -> torch.Tensor:
-    """The hidden states that a module returned, bare or first in a tuple; which of them differs between versions."""
-    first: torch.Tensor = output[0] if isinstance(output, tuple | list) else output
-    return first

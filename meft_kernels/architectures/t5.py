@@ -1,6 +1,8 @@
 """T5: pre-norm encoder and decoder; the first layer of each makes the position biases that the others are handed."""
 
+import functools
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,6 +18,12 @@ def _clamped(hidden_states: torch.Tensor) -> torch.Tensor:
     largest = torch.finfo(torch.float16).max
     bound = torch.where(torch.isinf(hidden_states).any(), largest - 1000, largest)
     return torch.clamp(hidden_states, min=-bound, max=bound)
+
+
+@functools.cache
+def _returns_weights(forward: Callable[..., Any]) -> bool:
+    """Whether the layer returns attention weights too, after each bias, if asked for: older transformers do."""
+    return "output_attentions" in inspect.signature(forward).parameters
 
 
 def _attention_block(
@@ -43,8 +51,8 @@ def _attention_block(
             **kwargs,
         )
         hidden_states = _clamped(hidden_states)
-    if "output_attentions" in inspect.signature(type(layer).forward).parameters:
-        return hidden_states, *own, *cross  # older transformers: each bias, followed by the weights if asked for
+    if _returns_weights(type(layer).forward):
+        return hidden_states, *own, *cross
     return hidden_states, own[0], cross[0] if cross else None
 
 
@@ -66,6 +74,7 @@ register_architecture(
         ),
         activation=lambda config: config.dense_act_fn,
         dropout=lambda config: config.dropout_rate,
+        extra_heads=("qa_outputs",),
         notes="encoder, decoder or both; v1.1 and Flan too",
     )
 )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import pickle
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,12 +12,15 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from torch import nn
+from transformers.modeling_outputs import CausalLMOutput
 
 import meft_kernels
-from meft_kernels.architectures import registry
+from meft_kernels.architectures import find_architecture, registry
 
 from ..models import VARIANTS, StreamWitness, worst_error
 from .exactness import FP32_BOUND, assert_exact, patched, step
+from .zoo import tiny
 
 GUIDE = Path(meft_kernels.__file__).parent / "architectures" / "README.md"
 BATCH = {
@@ -158,6 +163,90 @@ def test_a_model_that_brings_its_own_code(tmp_path: Path, monkeypatch: pytest.Mo
         meft_kernels.save_adapter(model, tmp_path / "adapter")
         found = meft_kernels.load_adapter(mine(), tmp_path / "adapter")(**BATCH).logits
     assert torch.equal(found, expected)
+
+
+def test_a_layer_that_returns_a_tuple_of_one(tmp_path: Path) -> None:
+    """A model that takes ``layer(x)[0]`` must not be given the first row of a batch."""
+
+    class Layer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mix, self.rise, self.fall = nn.Linear(8, 8), nn.Linear(8, 16), nn.Linear(16, 8)
+
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor]:
+            x = x + torch.tanh(self.mix(x))
+            return (x + self.fall(torch.tanh(self.rise(x))),)
+
+    class Model(transformers.PreTrainedModel):
+        config_class = transformers.PretrainedConfig
+
+        def __init__(self, config: Any) -> None:
+            super().__init__(config)
+            self.words, self.head = nn.Embedding(20, 8), nn.Linear(8, 20)
+            self.stack = nn.ModuleList([Layer() for _ in range(3)])
+            self.post_init()
+
+        def forward(self, input_ids: torch.Tensor, labels: torch.Tensor | None = None) -> Any:
+            x = self.words(input_ids)
+            for layer in self.stack:
+                x = layer(x)[0]
+            logits = self.head(x)
+            loss = None if labels is None else nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+            return CausalLMOutput(loss=loss, logits=logits)
+
+    def make() -> Any:
+        torch.manual_seed(0)
+        config = transformers.PretrainedConfig(hidden_size=8)
+        config.model_type = "tuples"
+        return Model(config).eval()
+
+    kind = meft_kernels.LayerSpec(
+        layer_class="Layer",
+        attention_block=lambda layer, x: (x + torch.tanh(layer.mix(x)),),
+        mlp_block=lambda layer, x: x + layer.fall(torch.tanh(layer.rise(x))),
+        ffn_reads=lambda layer: layer.rise,
+        ffn_writes=lambda layer: layer.fall,
+    )
+    meft_kernels.register_architecture(
+        meft_kernels.ArchitectureSpec(model_types=("tuples",), layers=(kind,), activation=lambda config: "tanh")
+    )
+    assert_trains_exactly(make)
+    assert patched(make(), frozen_layers=2)(**BATCH).logits.shape == (2, 5, 20)
+
+
+@pytest.mark.parametrize("wrong", ["ffn_writes", "layerdrop", "post_norm"])
+def test_a_spec_that_does_not_fit_changes_nothing(wrong: str) -> None:
+    """The commonest mistake of somebody who follows the guide."""
+    spec = find_architecture("gpt2")
+    assert spec is not None
+    broken = {
+        "ffn_writes": lambda layer: layer.mlp.c_proj if layer.attn.layer_idx < 2 else layer.nope,
+        "layerdrop": lambda config: config.nope,
+        "post_norm": lambda config: config.nope,
+    }
+    layer = dataclasses.replace(spec.layers[0], **{wrong: broken[wrong]})
+    meft_kernels.register_architecture(dataclasses.replace(spec, layers=(layer,)))
+    model = tiny("gpt2")
+    keys, required = list(model.state_dict()), [p.requires_grad for p in model.parameters()]
+    with pytest.raises(meft_kernels.UnsupportedModelError, match=r"ArchitectureSpec of 'gpt2' does not fit .*'nope'"):
+        meft_kernels.patch(model)
+    assert list(model.state_dict()) == keys
+    assert [p.requires_grad for p in model.parameters()] == required
+    assert not any("forward" in vars(module) for module in model.modules())
+    meft_kernels.register_architecture(spec)
+    meft_kernels.unpatch(meft_kernels.patch(model))
+
+
+def test_a_pickle_whose_family_is_not_registered_says_so() -> None:
+    spec = find_architecture("gpt2")
+    assert spec is not None
+    meft_kernels.register_architecture(dataclasses.replace(spec, model_types=("mine-too",)))
+    model = tiny("gpt2")
+    model.config.model_type = "mine-too"
+    stored = pickle.dumps(meft_kernels.patch(model))
+    registry._SPECS.pop("mine-too")
+    with pytest.raises(meft_kernels.UnsupportedModelError, match="'mine-too' that is not registered"):
+        pickle.loads(stored)
 
 
 def test_a_spec_without_layers_is_refused() -> None:

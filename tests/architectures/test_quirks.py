@@ -13,6 +13,7 @@ from torch import nn
 
 import meft_kernels
 from meft_kernels.architectures import find_architecture
+from meft_kernels.patching import require_state
 
 from ..models import StreamWitness, worst_error
 from .exactness import CASES, FP32_BOUND, assert_exact, loss_of, patched, step
@@ -114,6 +115,60 @@ def test_a_language_model_head_tied_to_the_embeddings(tmp_path: Path) -> None:
     assert torch.equal(found, expected)
 
 
+@pytest.mark.parametrize("name", ["bart", "t5", "bert-decoder"])
+def test_eval_with_gradients_and_without_a_cache_is_reversible(name: str) -> None:
+    """BART's encoder layers are told use_cache=True whatever the caller says, and have no cache."""
+    model = patched(tiny(name), fraction_bits=16).eval()
+    witnesses = StreamWitness.on_every_stack(model)
+    loss_of(model(**batch_for(model), use_cache=False)).backward()
+    assert_exact(witnesses)
+    assert all(len(witness.equal) == 3 for witness in witnesses)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "bert-decoder", "gpt2", "opt"])
+def test_a_bare_cache_is_filled(name: str) -> None:
+    """An empty DynamicCache is falsy, and still what the caller wants filled."""
+    model = patched(tiny(name), fraction_bits=16)
+    ids = torch.arange(3, 9)[None]
+    cache = transformers.DynamicCache()
+    model(input_ids=ids[:, :5], past_key_values=cache, use_cache=True)  # in eval mode, with gradients on
+    assert cache.get_seq_length() == 5
+    with torch.no_grad():
+        step = model(input_ids=ids[:, 5:], past_key_values=cache, use_cache=True).logits[:, -1]
+        whole = model(input_ids=ids, use_cache=False).logits[:, -1]
+    assert (step - whole).norm() < 1e-3 * whole.norm()
+
+
+@pytest.mark.parametrize("name", ["bart", "bert", "t5", "llama"])
+def test_a_failure_inside_the_ffn_leaves_nothing_behind(name: str) -> None:
+    """What the adapter's tap had read would keep its graph until somebody runs that layer again."""
+    model = patched(tiny(name), fraction_bits=16).train()
+    stack = require_state(model).stacks[-1]
+    layer = stack.layers[1]
+
+    def fail(module: nn.Module, args: tuple[Any, ...]) -> None:
+        raise torch.OutOfMemoryError("for the test")
+
+    model(**batch_for(model))
+    handle = layer.spec.ffn_writes(layer.module).register_forward_pre_hook(fail)
+    with pytest.raises(torch.OutOfMemoryError):
+        model(**batch_for(model))
+    handle.remove()
+    assert not layer.tap._pending
+    loss_of(model(**batch_for(model))).backward()
+
+
+def test_verify_counts_each_stack_by_its_own_elements() -> None:
+    model = patched(tiny("t5")).train()
+    batch = {**batch_for(model), "labels": torch.randint(3, 90, (2, 40))}
+    report = meft_kernels.verify(model, batch)
+    assert report.layers == 6
+    assert report.other_layers == 0
+    # a byte, and two checksums of 8 bytes a layer
+    elements = (7 + 40) * 2 * 32 / 2
+    assert report.saved_bytes_per_element == pytest.approx(1 + 16 / elements)
+
+
 def test_taps_that_do_not_belong_together_are_refused() -> None:
     """An adapter's output must not be broadcast over an FFN's that was computed in chunks."""
     spec = find_architecture("distilbert")
@@ -138,6 +193,7 @@ TRAINED_HEADS: dict[str, set[str]] = {
     "DeiTForImageClassificationWithTeacher": {"cls_classifier", "distillation_classifier"},
     "DistilBertForSequenceClassification": {"pre_classifier", "classifier"},
     "ElectraForSequenceClassification": {"classifier"},
+    "GPT2DoubleHeadsModel": {"multiple_choice_head"},
     "GPT2ForSequenceClassification": {"score"},
     "GPT2LMHeadModel": set(),
     "ModernBertForMaskedLM": set(),
@@ -146,6 +202,7 @@ TRAINED_HEADS: dict[str, set[str]] = {
     "RobertaForSequenceClassification": {"classifier"},
     "T5EncoderModel": set(),
     "T5ForConditionalGeneration": set(),
+    "T5ForQuestionAnswering": {"qa_outputs"},
     "T5ForSequenceClassification": {"classification_head"},
     "T5ForTokenClassification": {"classifier"},
     "ViTForImageClassification": {"classifier"},

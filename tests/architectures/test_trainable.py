@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import meft_kernels
+from meft_kernels.patching import require_state
 
 from ..models import VARIANTS, StreamWitness, relative_error, worst_error
 from .exactness import FP32_BOUND, assert_exact, patched, skip_reason, step
@@ -64,6 +65,31 @@ def test_peft_without_our_adapters_computes_what_peft_does_up_to_the_leak() -> N
         expected = model(**batch).logits
         found = meft_kernels.patch(model, adapters="none", beta=-1 / 64)(**batch).logits
     assert (found - expected).norm() < 0.05 * expected.norm()
+
+
+@pytest.mark.parametrize("name", ["llama", "bert", "bart", "distilbert", "deberta-v2", "gpt2", "opt", "t5"])
+def test_our_adapters_outlive_a_merge(name: str) -> None:
+    """PEFT puts other modules in the place of those that the adapter beside the FFN taps."""
+    torch.manual_seed(0)
+    model = patched(peft.get_peft_model(tiny(name), peft.LoraConfig(r=4, target_modules="all-linear"))).eval()
+    batch = batch_for(model.get_base_model())
+    with torch.no_grad():
+        expected = model(**batch).logits
+        merged = model.merge_and_unload()
+        found = merged(**batch).logits
+    # A fresh LoRA adds nothing; streams round to 2^-20 or so.
+    assert (found - expected).norm() <= 1e-4 * expected.norm()
+    results = []
+    for engine in ("reversible", "autograd"):
+        for stack in require_state(merged).stacks:
+            stack.engine = engine
+        results.append(step(merged.train(), batch)[1])
+    assert sum(".meft.ffn." in key for key in results[0]) == sum(
+        ".meft.ffn." in key for key, _ in merged.named_parameters()
+    )
+    assert worst_error(*results, floor=1e-2) <= FP32_BOUND
+    meft_kernels.unpatch(merged)
+    assert not any(module._forward_pre_hooks for key, module in merged.named_modules() if "layers." in key)
 
 
 @pytest.mark.parametrize("adapters", ["none", "all"])

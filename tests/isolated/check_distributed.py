@@ -1,0 +1,96 @@
+"""One rank of a training step on half of a batch; rank 0 holds the gradients to those of the whole batch.
+
+Started by tests/test_distributed.py through torchrun: ``check_distributed.py FAMILY ENGINE``.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+import meft_kernels
+from meft_kernels.patching import require_state
+from tests.architectures.zoo import batch_for, tiny
+from tests.models import TRAINABLE_START, worst_error
+
+WRAPPERS: dict[str, Any] = {
+    "ddp": DistributedDataParallel,
+    "ddp_find_unused": lambda model: DistributedDataParallel(model, find_unused_parameters=True),
+    "ddp_static_graph": lambda model: DistributedDataParallel(model, static_graph=True),
+    "ddp_no_sync": DistributedDataParallel,
+}
+
+
+def fsdp2(model: Any) -> Any:
+    for stack in require_state(model).stacks:
+        for layer in stack.layers:
+            fully_shard(layer.module)
+    return fully_shard(model)
+
+
+def make(family: str) -> Any:
+    model = tiny(family)
+    torch.manual_seed(5)
+    return meft_kernels.patch(model, fraction_bits=16, **TRAINABLE_START).train()
+
+
+def gradients_of(model: Any) -> dict[str, torch.Tensor]:
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def main(family: str, engine: str) -> None:
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
+    whole = make(family)
+    batch = batch_for(whole, rows=4, tokens=8)
+    batch["attention_mask"].fill_(1)
+    if batch["labels"].dim() == 2:  # as many labels in each half, so that the mean of the halves is that of the whole
+        batch["labels"] = batch["labels"].masked_fill(batch["labels"] < 0, 3)
+    whole(**batch).loss.backward()
+    expected = gradients_of(whole)
+    half = {name: value[2 * rank : 2 * rank + 2] for name, value in batch.items()}
+
+    model = make(family)
+    fired: dict[str, int] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(
+                lambda _, name=name: fired.__setitem__(name, fired.get(name, 0) + 1)
+            )
+    wrapped = fsdp2(model) if engine == "fsdp2" else WRAPPERS[engine](model)
+    for _ in range(2):  # the second step meets what the first may have left behind
+        model.zero_grad()
+        fired.clear()
+        if engine == "ddp_no_sync":
+            with wrapped.no_sync():
+                for row in range(2):
+                    part = {name: value[row : row + 1] for name, value in half.items()}
+                    if row == 0:
+                        (wrapped(**part).loss / 2).backward()
+            (wrapped(**part).loss / 2).backward()
+        else:
+            wrapped(**half).loss.backward()
+    found = gradients_of(model)
+    if engine == "fsdp2":
+        found = {name: gradient.full_tensor() for name, gradient in found.items()}
+    if rank == 0:
+        error = worst_error(found, expected)
+        times = 2 if engine == "ddp_no_sync" else 1
+        assert error <= 1e-6 * (10 if engine == "ddp_no_sync" else 1), error
+        if engine != "fsdp2":  # which registers its own parameters in the place of those watched here
+            assert set(fired.values()) == {times}, fired
+            assert fired.keys() == expected.keys()
+        print(f"agrees to {error:.1e}", flush=True)
+    dist.barrier()
+    dist.destroy_process_group()
+    os._exit(0)  # a thread of gloo's now and then keeps the interpreter from ending
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
