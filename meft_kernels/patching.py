@@ -76,6 +76,9 @@ def patch(model: Model, config: MeftConfig | None = None, **overrides: Any) -> M
     spec = find_spec(base, config)
     lists = find_layers(base, spec)
     check_trainable(base, lists, config)
+    for target in lists:
+        if any(isinstance(vars(layer).get("forward"), PatchedLayer) for layer in target.layers):
+            raise PatchError(f"layers of {target.name} are already patched as part of another model")
     adapters = [
         [_make_adapters(layer, target, base, spec, config) for layer in target.layers[config.frozen_layers :]]
         for target in lists

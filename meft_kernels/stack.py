@@ -14,7 +14,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -29,10 +29,8 @@ from .replay import draw_seed, seeded
 from .reversible import Enter, Exit, Reversible
 from .step import Step
 from .tape import Observer, Tape
+from .targets import LayerList
 from .variants import make_plan
-
-if TYPE_CHECKING:
-    from .targets import LayerList
 
 logger = logging.getLogger(__name__)
 

@@ -14,8 +14,7 @@ from torch import nn
 
 from .architectures import ArchitectureSpec, LayerSpec, find_architecture, supported_model_types
 from .config import MeftConfig
-from .errors import PatchError, UnsupportedModelError
-from .layer import PatchedLayer
+from .errors import UnsupportedModelError
 
 
 @dataclass(frozen=True)
@@ -142,8 +141,6 @@ def check_trainable(model: nn.Module, lists: list[LayerList], config: MeftConfig
                 "gradient checkpointing is on: call model.gradient_checkpointing_disable() (reversible layers already "
                 "keep no activations)"
             )
-        if any("forward" in vars(layer) and isinstance(vars(layer)["forward"], PatchedLayer) for layer in layers):
-            raise PatchError(f"layers of {name} are already patched as part of another model")
         if len(set(map(id, layers))) < len(layers):
             raise UnsupportedModelError(f"{name} holds the same layer more than once: shared layers are not supported")
         patched = len(layers) - config.frozen_layers
