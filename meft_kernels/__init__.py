@@ -15,7 +15,7 @@ from .errors import (
     StreamOverflowError,
     UnsupportedModelError,
 )
-from .patching import patch, unpatch
+from .patching import disable_adapter, patch, unpatch
 from .verify import VerifyReport, calibrate, verify
 
 __all__ = [
@@ -34,6 +34,7 @@ __all__ = [
     "VerifyReport",
     "calibrate",
     "describe",
+    "disable_adapter",
     "load_adapter",
     "ops",
     "patch",

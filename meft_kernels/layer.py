@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_map_only
 
 from .adapters import Adapter, FfnTap, FusedBranch
 from .architectures import LayerSpec
+from .errors import ReversibleUsageError
 from .variants import Branch, Plan
 
 if TYPE_CHECKING:
@@ -117,6 +118,11 @@ class PatchedLayer:
             Its hidden states, and what else the layer returns if this branch is what makes it (attention weights, T5's
             position biases): None where that is hidden states alone, and not a tuple with nothing else in it.
         """
+        if self.stack.bypassed:
+            raise ReversibleUsageError(
+                f"backward through {self.name} under disable_adapter, of a forward that had the adapters: leave the "
+                "with block first"
+            )
         extras: tuple[Any, ...] | None = None
         if branch == "layer":
             return _split(self.original(hidden_states, **kwargs))

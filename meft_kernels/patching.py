@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -137,6 +139,22 @@ def unpatch(model: Model) -> Model:
             parameter.grad = None
     delattr(base, _STATE)
     return model
+
+
+@contextmanager
+def disable_adapter(model: nn.Module) -> Iterator[None]:
+    """Inside a ``with`` block the model computes what it did, frozen, before :func:`patch`: DPO's reference, say.
+
+    Bit for bit: adapters and coupling are out of the way. Modules trained beside them (a task head) stay as they are. A
+    backward through a forward made outside of the block must run outside of it, too.
+
+    Raises:
+        PatchError: the model is not patched.
+    """
+    with ExitStack() as bypasses:
+        for stack in require_state(model).stacks:
+            bypasses.enter_context(stack.bypass())
+        yield
 
 
 def unwrap(model: Any) -> Any:

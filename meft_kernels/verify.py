@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import nn
 
 from .config import Engine
 from .errors import ReversibleUsageError
-from .patching import PatchState, require_state, unwrap
+from .patching import PatchState, disable_adapter, require_state, unwrap
 from .replay import seeded
 
 Batch = Mapping[str, Any]
@@ -145,7 +145,7 @@ def verify(model: nn.Module, batch: Batch) -> VerifyReport:
     if "use_cache" in inspect.signature(base.forward).parameters:
         batch = {"use_cache": False, **batch}
     with _left_as_it_was(base):
-        start_loss, base_loss = _losses(base, batch, state)
+        start_loss, base_loss = _losses(base, batch)
         with _observed(state) as recorders:
             loss, gradients = _gradients(base, batch)
         with _engine(state, "autograd"):
@@ -215,15 +215,14 @@ def _engine(state: PatchState, engine: Engine) -> Iterator[None]:
             stack.engine = was
 
 
-def _losses(model: nn.Module, batch: Batch, state: PatchState) -> tuple[float | None, float | None]:
+def _losses(model: nn.Module, batch: Batch) -> tuple[float | None, float | None]:
     """Loss in eval mode as patched, and as pretrained; restores train mode."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
-    with torch.no_grad(), ExitStack() as bypasses:
+    with torch.no_grad():
         patched = getattr(model(**batch), "loss", None)
-        for stack in state.stacks:
-            bypasses.enter_context(stack.bypass())
-        pretrained = getattr(model(**batch), "loss", None)
+        with disable_adapter(model):
+            pretrained = getattr(model(**batch), "loss", None)
     for module, training in modes:
         module.training = training
     return _number(patched), _number(pretrained)

@@ -385,6 +385,21 @@ def test_eval_with_gradients_keeps_a_cache_that_was_asked_for() -> None:
     assert worst_error(gradients, train_step(oracle, batch)[1]) <= FP32_BOUND
 
 
+def test_disabling_adapters_between_forward_and_backward_is_refused() -> None:
+    model = meft_kernels.patch(tiny_llama(), fraction_bits=16, **TRAINABLE_START).train()
+    batch = tiny_batch(model)
+    loss = model(**batch).loss
+    with meft_kernels.disable_adapter(model), pytest.raises(meft_kernels.ReversibleUsageError, match="leave the with"):
+        loss.backward()
+    with pytest.raises(ValueError, match="for the test"), meft_kernels.disable_adapter(model):
+        raise ValueError("for the test")
+    model.zero_grad()
+    model(**batch).loss.backward()  # in force again
+    assert model.model.layers[0].meft["ffn"].up.weight.grad is not None
+    with pytest.raises(meft_kernels.PatchError), meft_kernels.disable_adapter(tiny_llama()):
+        pass
+
+
 def test_strided_inputs() -> None:
     model, oracle = pair("llama")
     train_step(model, tiny_batch(model))

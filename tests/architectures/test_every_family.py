@@ -106,6 +106,20 @@ def test_unpatch_leaves_nothing(name: str, variant: str) -> None:
     assert traces() == before
 
 
+@every_case
+def test_disabled_adapters_leave_the_pretrained_model(name: str, variant: str) -> None:
+    model = tiny(name).requires_grad_(False)  # torch's matmul looks at it when it chooses a kernel
+    batch = batch_for(model)
+    with torch.no_grad():
+        expected = outputs_of(model(**batch))
+        patched(model, variant=variant)
+        with meft_kernels.disable_adapter(model):
+            found = outputs_of(model(**batch))
+        again = outputs_of(model(**batch))
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(found, expected, strict=True))
+    assert not all(torch.equal(mine, theirs) for mine, theirs in zip(again, expected, strict=True))
+
+
 @pytest.mark.parametrize("name", ZOO)
 def test_blocks_make_up_the_layer(name: str) -> None:
     """attention_block then mlp_block is the layer itself, bit for bit and with all it returns: no stale family file."""
