@@ -12,6 +12,8 @@ import torch.nn.functional as F
 
 from meft_kernels import ops
 from meft_kernels.ops import AdapterWeights
+from meft_kernels.ops.coupling.api import reciprocal
+from meft_kernels.ops.coupling.packing import remainder_bits
 
 OPS = (
     "couple",
@@ -73,9 +75,10 @@ def inputs(case: Case, device: torch.device) -> Inputs:
 def least_bytes(case: Case) -> int:
     """What must be read and written at least once; the adapter's weights count once."""
     size = torch.empty((), dtype=case.dtype).element_size()
+    remainder = remainder_bits(reciprocal(LAYER_LANE)[0]) / 8
     per_element = {
-        "couple": 4 + 4 + size + 4 + size + 3 / 8,  # a, center, branch; y, value, remainder
-        "uncouple": 4 + 4 + size + 3 / 8 + 4 + size,
+        "couple": 4 + 4 + size + 4 + size + remainder,  # a, center, branch; y, value, remainder
+        "uncouple": 4 + 4 + size + remainder + 4 + size,
         "adapter_couple": 4 + size + 4 + size,  # a, x; y, value
         "adapter_uncouple_backward": 4 + size + size + size + 4 + size,  # y, x, dy, dx; a, dx
         "parallel_adapter": 3 * size,  # x, residual; out
