@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 from torch.utils._pytree import tree_map_only
+from transformers.cache_utils import Cache
 
 from .adapters import Adapter, FfnTap, FusedBranch
 from .architectures import LayerSpec
@@ -19,8 +20,8 @@ from .variants import Branch, Plan
 if TYPE_CHECKING:
     from .stack import ReversibleStack
 
-CACHE_ARGUMENTS = ("past_key_values", "past_key_value", "layer_past")
-"""Names under which a layer may be handed a KV cache; a recompute would append to it."""
+_CACHE_NAMES = ("cache", "past_key_values", "past_key_value", "layer_past")
+"""Names under which a layer is handed a KV cache; transformers 5.24 took a new one."""
 
 
 class PatchedLayer:
@@ -140,9 +141,19 @@ def _split(output: Any) -> tuple[torch.Tensor, tuple[Any, ...] | None]:
     return (output[0], tuple(output[1:])) if isinstance(output, tuple | list) else (output, None)
 
 
+def caches_in(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The KV caches among a call's arguments: by their type, and by name where they are tuples of tensors."""
+    return {
+        name: value
+        for name, value in kwargs.items()
+        if value is not None and (name in _CACHE_NAMES or isinstance(value, Cache))
+    }
+
+
 def without_cache(kwargs: dict[str, Any]) -> dict[str, Any]:
     """The arguments of a recompute, which must not append to a KV cache."""
-    return {name: value for name, value in kwargs.items() if name not in (*CACHE_ARGUMENTS, "use_cache")}
+    caches = caches_in(kwargs)
+    return {name: value for name, value in kwargs.items() if name not in caches and name != "use_cache"}
 
 
 def differentiable(

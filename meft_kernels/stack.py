@@ -24,7 +24,7 @@ from .arithmetic import Arithmetic
 from .calibration import MAX_CALIBRATED_BITS, Probe
 from .config import MeftConfig
 from .errors import ReversibleUsageError, StreamOverflowError, UnsupportedModelError
-from .layer import CACHE_ARGUMENTS, PatchedLayer, differentiable, without_cache
+from .layer import PatchedLayer, caches_in, differentiable, without_cache
 from .replay import draw_seed, seeded
 from .reversible import Enter, Exit, Reversible
 from .step import Step
@@ -236,7 +236,7 @@ class ReversibleStack:
     def _keeps_activations(self, layer: PatchedLayer, kwargs: dict[str, Any]) -> bool:
         if layer.index >= self.reversible_end:
             return True
-        if not layer.module.training and any(kwargs.get(name) is not None for name in CACHE_ARGUMENTS):
+        if not layer.module.training and caches_in(kwargs):
             _warn_once(
                 "gradients are recorded in eval mode with a KV cache, which a recompute would fill twice: activations "
                 "are kept. Pass use_cache=False, or call model.train() or torch.no_grad(), whichever you mean."
@@ -318,7 +318,7 @@ class ReversibleStack:
         Raises:
             NonFiniteError: the model gives NaN or infinities on these inputs; names the layer.
         """
-        kwargs = {name: copy.deepcopy(value) if name in CACHE_ARGUMENTS else value for name, value in kwargs.items()}
+        kwargs = {**kwargs, **copy.deepcopy(caches_in(kwargs))}
         probe = Probe(impl=self.config.impl)
         before = self.arithmetic, self.observer
         self.arithmetic, self.observer = probe, None
@@ -337,10 +337,7 @@ class ReversibleStack:
 
 def _refuse_filled_cache(kwargs: dict[str, Any], index: int) -> None:
     """An empty KV cache may be left out of training; a filled one is an input that a recompute would not see again."""
-    for name in CACHE_ARGUMENTS:
-        cache = kwargs.get(name)
-        if cache is None:
-            continue
+    for name, cache in caches_in(kwargs).items():
         length = getattr(cache, "get_seq_length", None)
         if length is None or int(length(index)) > 0:
             raise ReversibleUsageError(

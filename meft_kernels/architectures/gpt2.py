@@ -11,21 +11,21 @@ from .spec import ArchitectureSpec, LayerSpec
 def _attention_block(
     layer: Any,
     hidden_states: torch.Tensor,
-    past_key_values: Any = None,
     attention_mask: torch.Tensor | None = None,
     encoder_hidden_states: torch.Tensor | None = None,
     encoder_attention_mask: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> torch.Tensor:
-    shared = {"past_key_values": past_key_values, "attention_mask": attention_mask}
-    hidden_states = layer.attn(layer.ln_1(hidden_states), **shared, **kwargs)[0] + hidden_states
+    attended = layer.attn(layer.ln_1(hidden_states), attention_mask=attention_mask, **kwargs)[0]
+    hidden_states = attended + hidden_states
     if encoder_hidden_states is None:
         return hidden_states
     attended = layer.crossattention(
         layer.ln_cross_attn(hidden_states),
         encoder_hidden_states=encoder_hidden_states,
         encoder_attention_mask=encoder_attention_mask,
-        **shared,
+        attention_mask=attention_mask,
+        **{name: cache for name, cache in kwargs.items() if name in ("cache", "past_key_values")},
     )[0]
     return hidden_states + attended
 
