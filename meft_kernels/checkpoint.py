@@ -18,6 +18,7 @@ from torch import nn
 from .config import MeftConfig
 from .errors import AdapterFileError, PatchError
 from .patching import Model, PatchState, adapter_module_names, find_state, patch, require_state, unpatch, unwrap
+from .targets import is_peft
 from .verify import fraction_bits_of
 
 logger = logging.getLogger(__name__)
@@ -143,9 +144,12 @@ def _warn_of_unsaved(base: Any, names: Any) -> None:
     if left:
         logger.warning(
             "meft_kernels: %d trainable parameters are neither adapters nor in modules_to_save and were not saved, "
-            "%s among them",
+            "%s among them%s",
             len(left),
             left[0],
+            ". Save PEFT's with its own save_pretrained, into another folder: the files have the same names"
+            if is_peft(base)
+            else "",
         )
 
 
@@ -166,8 +170,8 @@ def _check_base(base: Any, description: dict[str, Any]) -> None:
         saved = description.get(name)
         if name != "base_model_name_or_path" and saved != here:
             raise AdapterFileError(
-                f"the adapter was trained on another base model ({trained_on}): "
-                f"its {name} is {saved!r}, this model's {here!r}"
+                f"the adapter does not fit this model: it was trained on one ({trained_on}) whose {name} is {saved!r}, "
+                f"here it is {here!r}"
             )
     # Names differ between machines and say little; weights do not lie.
     expected = description["base_fingerprint"]

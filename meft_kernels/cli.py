@@ -254,6 +254,7 @@ def env() -> None:
     lines["variables"] = " ".join(
         f"{name}={os.environ[name]}" for name in ("HF_HUB_OFFLINE", "TRITON_INTERPRET") if name in os.environ
     )
+    lines = {name: value for name, value in lines.items() if value}
     width = max(map(len, lines))
     for name, value in lines.items():
         console.print(f"{name:<{width}}  {value}", markup=False, highlight=False, soft_wrap=True)

@@ -70,7 +70,7 @@ class MeftConfig:
     down_init_std: float = _option(0.02, "std of the normal initialisation of the down-projections")
     up_init_std: float = _option(0.0, "the same for the up-projections; 0 keeps the pretrained model's start")
     adapter_dtype: Literal["float32", "model"] = _option(
-        "float32", "dtype of the adapter weights; the arithmetic is done in the model's dtype either way"
+        "float32", "dtype of the adapter weights, or 'model'; the arithmetic is done in the model's dtype either way"
     )
     modules_to_save: tuple[str, ...] | None = _option(
         None, "modules trained and saved whole beside the adapters; None: the task head, if it is a new one"

@@ -27,7 +27,12 @@ class StackDescription:
     """Bits that each reversible layer keeps of each element of the hidden states (packed remainders)."""
     bytes_per_token_and_layer: float
     bytes_per_token: float
-    """All reversible layers' remainders and the two streams."""
+    """All reversible layers' remainders and the two streams; not the activations of the other layers."""
+
+    @property
+    def plain_layers(self) -> int:
+        """Patched layers that keep their activations."""
+        return self.layers - self.frozen_layers - self.reversible_layers
 
 
 @dataclass(frozen=True)
@@ -70,7 +75,11 @@ class Description:
                     "  kept per layer",
                     f"{stack.bytes_per_token_and_layer:,.0f} bytes per token, {stack.bits_per_element} bits an element",
                 ),
-                ("  kept in all", f"{stack.bytes_per_token:,.0f} bytes per token, the two streams included"),
+                (
+                    "  kept in all",
+                    f"{stack.bytes_per_token:,.0f} bytes per token, the two streams included"
+                    + (f", and all activations of {stack.plain_layers} layers" if stack.plain_layers else ""),
+                ),
             ]
         width = max(len(label) for label, _ in rows)
         return "\n".join(f"{label:<{width}}  {text}" for label, text in rows)
@@ -85,7 +94,7 @@ def describe(model: nn.Module) -> Description:
     state = require_state(model)
     config = state.config
     base = unwrap(model)
-    trainable, total = count_parameters(base)
+    trainable, total = count_parameters(model)
     lam, beta = config.coefficients
     return Description(
         model=type(base).__name__,
@@ -124,5 +133,5 @@ def _describe_stack(stack: ReversibleStack, itemsize: int) -> StackDescription:
 
 def print_trainable_parameters(model: nn.Module) -> None:
     """Print the number of trainable parameters, in the words that PEFT's users know."""
-    trainable, total = count_parameters(unwrap(model))
+    trainable, total = count_parameters(model)  # a wrapper's own among them, such as a soft prompt
     print(f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {100 * trainable / total:.4f}")

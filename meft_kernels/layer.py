@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import inspect
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 from transformers.cache_utils import Cache
 
 from .adapters import Adapter, FfnTap, FusedBranch
@@ -82,6 +82,7 @@ class PatchedLayer:
     def __signature__(self) -> inspect.Signature:
         return inspect.signature(self.original)
 
+    @torch.compiler.disable  # a compiled forward and an eager recompute would differ in their bits
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The layer's call, its arguments by name: their order differs between families and versions."""
         if self.stack.bypassed:
@@ -100,6 +101,14 @@ class PatchedLayer:
                 self.tap.forget()
             raise
         return hidden_states if extras is None else (hidden_states, *extras)
+
+    def blocks_give(self, output: Any, *args: Any, **kwargs: Any) -> bool:
+        """Whether the family's two blocks, called as the layer was, give the same bits and as many things as it did."""
+        call = without_cache({**dict(zip(self._parameters, args, strict=False)), **kwargs})
+        attended, extras = _split(self.spec.attention_block(self.module, call.pop(self._parameters[0]), **call))
+        rebuilt = self.spec.mlp_block(self.module, attended, **call)
+        expected, expected_extras = _split(output)
+        return torch.equal(rebuilt, expected) and len(extras or ()) == len(expected_extras or ())
 
     def has(self, branch: Branch) -> bool:
         return branch != "adapter" or self.adapter is not None
@@ -148,6 +157,16 @@ def caches_in(kwargs: dict[str, Any]) -> dict[str, Any]:
         for name, value in kwargs.items()
         if value is not None and (name in _CACHE_NAMES or isinstance(value, Cache))
     }
+
+
+def cached_tensors(kwargs: dict[str, Any]) -> Iterator[torch.Tensor]:
+    """Keys and values in a call's KV caches: prefix tuning puts tensors there that are to be trained."""
+    for cache in caches_in(kwargs).values():
+        parts = [getattr(cache, name, None) for name in ("self_attention_cache", "cross_attention_cache")]
+        for part in [part for part in parts if part is not None] or [cache]:
+            layers = getattr(part, "layers", part)
+            held = [vars(layer) if hasattr(layer, "__dict__") else layer for layer in layers]
+            yield from (leaf for leaf in tree_leaves(held) if isinstance(leaf, torch.Tensor))
 
 
 def without_cache(kwargs: dict[str, Any]) -> dict[str, Any]:

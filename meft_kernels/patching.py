@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import nn
+from transformers.activations import ACT2FN
 
 from .adapters import Adapter, FfnTap
 from .architectures import ArchitectureSpec
@@ -19,7 +20,7 @@ from .config import MeftConfig
 from .errors import PatchError
 from .layer import PatchedLayer
 from .stack import ReversibleStack
-from .targets import LayerList, check_trainable, find_layers, find_spec, is_peft, modules_to_train
+from .targets import LayerList, check_trainable, find_layers, find_spec, fitting, is_peft, modules_to_train
 
 logger = logging.getLogger(__name__)
 
@@ -109,13 +110,18 @@ def patch(model: Model, config: MeftConfig | None = None, **overrides: Any) -> M
     )
     for stack in stacks:
         _warn_of_drift(stack, base.dtype)
+    if config.adapters == "all" and is_peft(base):
+        logger.warning(
+            "meft_kernels: what PEFT saves of this model, the checkpoints of a Trainer among it, holds PEFT's weights "
+            "and not the adapters inserted now: save those with save_adapter, into a folder of their own"
+        )
     return model
 
 
 def unpatch(model: Model) -> Model:
     """Undo :func:`patch`: adapters dropped, forwards, hooks and ``requires_grad`` as they were. Save adapters first.
 
-    Modules trained beside the adapters (a task head) keep their trained weights.
+    Modules trained beside the adapters (a task head, BERT's pooler with it) keep their trained weights.
 
     Raises:
         PatchError: the model is not patched.
@@ -224,20 +230,24 @@ def _warn_of_drift(stack: ReversibleStack, dtype: torch.dtype) -> None:
 
 
 def _make_adapters(
-    layer: nn.Module, target: LayerList, model: nn.Module, spec: ArchitectureSpec, config: MeftConfig
+    layer: nn.Module, target: LayerList, model: Any, spec: ArchitectureSpec, config: MeftConfig
 ) -> dict[str, Adapter]:
     """One layer's adapters: ``ffn`` parallel to its FFN, ``stream`` for the other branch."""
     if config.adapters == "none":
         return {}
     weight = next(parameter for parameter in layer.parameters())
     dtype = weight.dtype if weight.is_floating_point() else getattr(model, "dtype", torch.float32)
-    settings: Any = model.config
+    with fitting(model):
+        activation = config.activation or spec.activation(model.config)
+        dropout = spec.dropout(model.config) if config.dropout is None else config.dropout
+    if activation not in ACT2FN:
+        raise ValueError(f"activation {activation!r} is none of {', '.join(sorted(ACT2FN))}")
     return {
         name: Adapter(
             target.hidden_size,
             config.rank,
-            config.activation or spec.activation(settings),
-            spec.dropout(settings) if config.dropout is None else config.dropout,
+            activation,
+            dropout,
             down_init_std=config.down_init_std,
             up_init_std=config.up_init_std,
             impl=config.impl,

@@ -24,7 +24,7 @@ from .arithmetic import Arithmetic
 from .calibration import MAX_CALIBRATED_BITS, Probe
 from .config import MeftConfig
 from .errors import ReversibleUsageError, StreamOverflowError, UnsupportedModelError
-from .layer import PatchedLayer, caches_in, differentiable, without_cache
+from .layer import PatchedLayer, cached_tensors, caches_in, differentiable, without_cache
 from .replay import draw_seed, seeded
 from .reversible import Enter, Exit, Reversible
 from .step import Step
@@ -259,6 +259,7 @@ class ReversibleStack:
                 "repeat this batch or go on with the next."
             ) from None
 
+    @torch.compiler.disable
     def _before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self.bypassed:
             return
@@ -269,7 +270,8 @@ class ReversibleStack:
                 "launch with torchrun (DistributedDataParallel), or show one device (CUDA_VISIBLE_DEVICES=0)"
             )
         self._local.wants_hidden_states = _asked_for("output_hidden_states", module, kwargs)
-        if self.reversible_end > self.first and torch.is_grad_enabled() and _trains(module):
+        prefix_trains = any(tensor.requires_grad for tensor in cached_tensors(kwargs))
+        if self.reversible_end > self.first and torch.is_grad_enabled() and (_trains(module) or prefix_trains):
             for name in ("output_hidden_states", "output_attentions", "output_router_logits"):
                 if _asked_for(name, module, kwargs):
                     raise ReversibleUsageError(
@@ -277,11 +279,12 @@ class ReversibleStack:
                         f"is asked for, and it would come without its gradient. Pass {name}=False, run under "
                         f"torch.no_grad(), or patch with engine='autograd'."
                     )
-            if module.training:
+            if module.training or prefix_trains:
                 _refuse_filled_cache(kwargs, self.first)
         if self.arithmetic is None:
             self.calibrate(args, kwargs)
 
+    @torch.compiler.disable
     def _after_forward(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         current: _Pass | None = getattr(self._local, "current", None)
         self.abandon()
@@ -341,8 +344,8 @@ def _refuse_filled_cache(kwargs: dict[str, Any], index: int) -> None:
         length = getattr(cache, "get_seq_length", None)
         if length is None or int(length(index)) > 0:
             raise ReversibleUsageError(
-                f"{name} holds earlier tokens while gradients are recorded in train mode, and a recompute cannot use "
-                "it: pass the whole sequence. Prefix tuning works this way; it needs engine='autograd'."
+                f"{name} holds earlier tokens while gradients are recorded, and a recompute cannot use it: pass the "
+                "whole sequence. Prefix tuning works this way; it needs engine='autograd'."
             )
 
 

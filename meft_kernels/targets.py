@@ -49,18 +49,29 @@ def find_spec(model: nn.Module, config: MeftConfig) -> ArchitectureSpec:
             f"model type {model_type!r}" if model_type else f"{type(model).__name__}, which has no config.model_type,"
         )
         raise UnsupportedModelError(
-            f"{what} is not supported; supported are: {', '.join(supported_model_types())}. A family of your own is "
-            "made known with meft_kernels.register_architecture"
+            f"{what} is not supported; supported are: {', '.join(supported_model_types())}. {_way_out(model)}"
         )
-    with _fitting(model):
+    with fitting(model):
         objection = spec.objection(model.config, config)
     if objection is not None:
         raise UnsupportedModelError(f"{type(model).__name__} cannot be patched with these settings: {objection}")
     return spec
 
 
+def _way_out(model: nn.Module) -> str:
+    """A part of a composite model may be supported where the whole is not."""
+    for name, part in model.named_modules():
+        model_type = getattr(getattr(part, "config", None), "model_type", None)
+        if name and hasattr(part, "base_model_prefix") and find_architecture(model_type or "") is not None:
+            return f"Its part {name} ({model_type}) is: patch(model.{name})"
+    return (
+        "A family of your own is made known with meft_kernels.register_architecture; README.md beside "
+        "meft_kernels/architectures says how"
+    )
+
+
 @contextmanager
-def _fitting(model: Any) -> Iterator[None]:
+def fitting(model: Any) -> Iterator[None]:
     """A spec's callables are users' code, too: what they raise tells that the spec is not this model's."""
     try:
         yield
@@ -98,7 +109,7 @@ def _describe(model: Any, name: str, layers: list[nn.Module], spec: Architecture
     # The nearest transformers model (BertModel, not BertEncoder): its call has the user's own arguments.
     owner = next((owner for owner in owners if hasattr(owner, "config") and hasattr(owner, "base_model_prefix")), model)
     layer_spec = spec.layers[kind]
-    with _fitting(model):
+    with fitting(model):
         for layer in layers:
             for tap in (layer_spec.ffn_reads(layer), layer_spec.ffn_writes(layer)):
                 if not isinstance(tap, nn.Module):

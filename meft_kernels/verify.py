@@ -48,12 +48,16 @@ class VerifyReport:
     """k of every stack; None for float streams."""
     repeats: bool
     """The forward gave the same loss in both engines, to the last bit."""
+    blocks_match: bool
+    """The family's ``attention_block`` and ``mlp_block``, one after the other, are the layer itself, bit for bit and
+    with all it returns. Only meft3 uses them."""
 
     def __str__(self) -> str:
         rows = [
             ("bit exact", f"{self.bit_exact}" + (f", first at {self.first_mismatch}" if self.first_mismatch else "")),
             ("layers checked", f"{self.layers}" + (f", {self.other_layers} others" if self.other_layers else "")),
             ("same loss in both engines", str(self.repeats)),
+            ("blocks are the layer", str(self.blocks_match)),
             ("gradient error", f"{self.gradient_error:.2e}"),
             ("worst gradient", f"{self.worst_gradient[1]:.2e} {self.worst_gradient[0]}"),
             (
@@ -134,6 +138,8 @@ def verify(model: nn.Module, batch: Batch) -> VerifyReport:
         PatchError: the model is not patched.
         NonFiniteError, StreamOverflowError: the streams cannot hold this batch.
     """
+    if not isinstance(batch, Mapping):
+        raise TypeError(f"batch is a mapping of the model's keyword arguments, not {type(batch).__name__}")
     state = require_state(model)
     base = unwrap(model)
     if not any(parameter.requires_grad for parameter in base.parameters()):
@@ -146,6 +152,7 @@ def verify(model: nn.Module, batch: Batch) -> VerifyReport:
         batch = {"use_cache": False, **batch}
     with _left_as_it_was(base):
         start_loss, base_loss = _losses(base, batch)
+        blocks_match = _blocks_match(base, batch, state)
         with _observed(state) as recorders:
             loss, gradients = _gradients(base, batch)
         with _engine(state, "autograd"):
@@ -173,6 +180,7 @@ def verify(model: nn.Module, batch: Batch) -> VerifyReport:
         other_layers=sum(len(stack.layers) for stack in state.stacks) - checked,
         fraction_bits=fraction_bits_of(state),
         repeats=loss == reference_loss,
+        blocks_match=blocks_match,
     )
 
 
@@ -228,6 +236,28 @@ def _losses(model: nn.Module, batch: Batch) -> tuple[float | None, float | None]
     return _number(patched), _number(pretrained)
 
 
+def _blocks_match(model: nn.Module, batch: Batch, state: PatchState) -> bool:
+    """Hold every layer's blocks against the layer, in eval mode and without adapters."""
+    layers = {layer.module: layer for stack in state.stacks for layer in stack.layers}
+    same: list[bool] = []
+
+    def compare(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        same.append(layers[module].blocks_give(output, *args, **kwargs))
+
+    handles = [module.register_forward_hook(compare, with_kwargs=True) for module in layers]
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad(), disable_adapter(model):
+            model(**batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module, training in modes:
+            module.training = training
+    return all(same)
+
+
 def _number(loss: torch.Tensor | None) -> float | None:
     return None if loss is None else float(loss)
 
@@ -252,17 +282,22 @@ def _gradients(model: nn.Module, batch: Batch) -> tuple[float, dict[str, torch.T
 def _gradient_errors(
     gradients: dict[str, torch.Tensor], reference: dict[str, torch.Tensor]
 ) -> tuple[float, tuple[str, float]]:
-    """Relative error over everything, and of the parameter that is furthest off; inf if one has no gradient at all."""
+    """Relative error over everything, and of the parameter that is furthest off; inf if one has no gradient at all.
+
+    A parameter's error is relative to its own gradient, or to a hundredth of all gradients together if that is more:
+    some are zero but for rounding (a key's bias, which softmax ignores), and have no relative error of their own.
+    """
     if gradients.keys() != reference.keys():
         odd = min(gradients.keys() ^ reference.keys())
         return math.inf, (odd, math.inf)
     squares = norms = 0.0
     worst = ("", 0.0)
+    least = 1e-4 * sum(float(expected.double().square().sum()) for expected in reference.values())
     for name, expected in reference.items():
         off = float((gradients[name].double() - expected.double()).square().sum())
         norm = float(expected.double().square().sum())
         squares, norms = squares + off, norms + norm
-        relative = math.sqrt(off / norm) if norm else (math.inf if off else 0.0)
+        relative = math.sqrt(off / max(norm, least)) if norm or least else (math.inf if off else 0.0)
         if not relative <= worst[1]:  # NaN counts as worst
             worst = (name, relative)
     return (math.sqrt(squares / norms) if norms else (math.inf if squares else 0.0)), worst

@@ -89,7 +89,7 @@ def test_unsupported_model_lists_what_is() -> None:
     model = BloomForCausalLM(BloomConfig(n_layer=1, hidden_size=32, n_head=2, vocab_size=50))
     before = fingerprint(model)
     with pytest.raises(
-        UnsupportedModelError, match=r"'bloom' is not supported; supported are: bart, bert, .*register_architecture"
+        UnsupportedModelError, match=r"'bloom' is not supported; supported are: bart, bert, .*register_arch.*README"
     ):
         meft_kernels.patch(model)
     with pytest.raises(UnsupportedModelError, match="Linear, which has no config"):
@@ -285,6 +285,27 @@ def test_wrapped_again_after_patch() -> None:
         meft_kernels.unpatch(model)
     layer.forward = ours
     meft_kernels.unpatch(model)
+
+
+def test_a_supported_part_of_a_composite_is_named() -> None:
+    from transformers import BertConfig, EncoderDecoderConfig, EncoderDecoderModel
+
+    small = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = EncoderDecoderConfig.from_encoder_decoder_configs(BertConfig(**small), BertConfig(**small))
+    model = EncoderDecoderModel(config)
+    with pytest.raises(UnsupportedModelError, match=r"Its part encoder \(bert\) is: patch\(model\.encoder\)"):
+        meft_kernels.patch(model)
+    meft_kernels.patch(model.encoder)
+
+
+def test_settings_that_only_the_model_can_refuse() -> None:
+    model = tiny_llama()
+    before = fingerprint(model)
+    with pytest.raises(ValueError, match=r"activation 'foo' is none of .*gelu"):
+        meft_kernels.patch(model, activation="foo")
+    assert_unchanged(model, before)
+    with pytest.raises(TypeError, match="batch is a mapping of the model's keyword arguments, not Tensor"):
+        meft_kernels.verify(meft_kernels.patch(model), torch.zeros(2))
 
 
 def test_shared_layers_are_refused() -> None:

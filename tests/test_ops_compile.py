@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
+import meft_kernels
 from meft_kernels import ops
+
+from .models import TRAINABLE_START, tiny_batch, tiny_llama, train_step
 
 FP32, BF16 = torch.float32, torch.bfloat16
 
@@ -128,3 +133,25 @@ def test_a_lane_with_an_adapter_traced_whole(inplace: bool) -> None:
     actual = compiled(a.clone(), x, center, dy, dx.clone())
     assert all(torch.equal(want, got) for want, got in zip(expected, actual, strict=True))
     assert torch.equal(actual[4], a)
+
+
+def test_layers_of_a_compiled_model_run_uncompiled() -> None:
+    """Forward and recompute must be the same code: only what is around the layers reaches the compiler."""
+    seen: list[str] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Any:
+        seen.append(graph.code)
+        return graph
+
+    torch._dynamo.reset()
+    model = meft_kernels.patch(tiny_llama(), fraction_bits=16, **TRAINABLE_START).train()
+    batch = tiny_batch(model)
+    loss, expected = train_step(model, batch)
+    compiled = torch.compile(model, backend=backend)
+    compiled_loss, gradients = train_step(compiled, batch)
+    torch._dynamo.reset()
+    assert seen
+    assert not any("softmax" in code or "scaled_dot_product" in code or "down" in code for code in seen)
+    assert compiled_loss == loss
+    found = {name.removeprefix("_orig_mod."): gradient for name, gradient in gradients.items()}
+    assert all(torch.equal(found[name], gradient) for name, gradient in expected.items())

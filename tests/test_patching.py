@@ -178,6 +178,13 @@ def test_readout_follows_the_place_of_the_norms(name: str, readout: tuple[float,
     assert stack.plan.readout == (-1 / 256, 257 / 256)
 
 
+def test_describe_names_the_layers_that_keep_everything() -> None:
+    """Fewer reversible layers keep fewer remainders, and more of all else."""
+    text = str(describe(meft_kernels.patch(tiny_llama(), reversible_layers=1, frozen_layers=1)))
+    assert "the two streams included, and all activations of 1 layers" in text
+    assert "activations" not in str(describe(meft_kernels.patch(tiny_llama(), frozen_layers=1)))
+
+
 def test_adapters_are_float32_beside_a_bfloat16_model() -> None:
     model = meft_kernels.patch(tiny_llama().bfloat16())
     assert {p.dtype for name, p in model.named_parameters() if ".meft." in name} == {torch.float32}

@@ -8,13 +8,7 @@ _SPECS: dict[str, ArchitectureSpec] = {}
 
 
 def register_architecture(spec: ArchitectureSpec) -> ArchitectureSpec:
-    """Make a family known to :func:`meft_kernels.patch`; a later registration of a model type replaces the former.
-
-    Raises:
-        ValueError: the spec names no model type, or no layers.
-    """
-    if not spec.model_types or not spec.layers:
-        raise ValueError("an ArchitectureSpec needs at least one of model_types and one of layers, as tuples")
+    """Make a family known to :func:`meft_kernels.patch`; a later registration of a model type replaces the former."""
     for model_type in spec.model_types:
         _SPECS[model_type] = spec
     return spec

@@ -69,6 +69,9 @@ class LayerSpec:
     layerdrop: Callable[[Any], float] = _no_layerdrop
     """The probability, from the model's config, with which its forward leaves out such a layer in training."""
 
+    def __post_init__(self) -> None:
+        _check_callables(self, "attention_block", "mlp_block", "ffn_reads", "ffn_writes", "post_norm", "layerdrop")
+
     @property
     def class_names(self) -> tuple[str, ...]:
         return (self.layer_class,) if isinstance(self.layer_class, str) else self.layer_class
@@ -110,3 +113,16 @@ class ArchitectureSpec:
 
     notes: str = ""
     """What a user of the family must know, for the table of supported models."""
+
+    def __post_init__(self) -> None:
+        for name, kind in (("model_types", str), ("layers", LayerSpec)):
+            values = getattr(self, name)
+            if not isinstance(values, tuple) or not values or not all(isinstance(value, kind) for value in values):
+                raise TypeError(f"{name} must be a tuple of at least one {kind.__name__}, got {values!r}")
+        _check_callables(self, "activation", "dropout", "hidden_size", "objection")
+
+
+def _check_callables(spec: Any, *names: str) -> None:
+    for name in names:
+        if not callable(getattr(spec, name)):
+            raise TypeError(f"{name} must be a function, see {type(spec).__name__}; got {getattr(spec, name)!r}")

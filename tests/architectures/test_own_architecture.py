@@ -20,7 +20,7 @@ from meft_kernels.architectures import find_architecture, registry
 
 from ..models import VARIANTS, StreamWitness, worst_error
 from .exactness import FP32_BOUND, assert_exact, patched, step
-from .zoo import tiny
+from .zoo import batch_for, tiny
 
 GUIDE = Path(meft_kernels.__file__).parent / "architectures" / "README.md"
 BATCH = {
@@ -72,8 +72,32 @@ def test_the_guide() -> None:
             expected = model(**BATCH).loss
             found = meft_kernels.patch(model, variant=variant)(**BATCH).loss
         assert abs(found - expected) < 0.01  # blocks that were no part of the layer would show here
-    names = {"meft_kernels": meft_kernels, "model": granite().train(), "batch": BATCH}
-    exec(check, names)
+    for variant in VARIANTS:
+        model = meft_kernels.patch(granite().train(), variant=variant)
+        report = meft_kernels.verify(model, BATCH)
+        assert report.bit_exact
+        assert report.blocks_match
+    exec(check, {"meft_kernels": meft_kernels, "model": granite().train(), "batch": BATCH})
+
+
+@pytest.mark.parametrize("wrong", ["mlp", "attention", "extras"])
+def test_verify_finds_blocks_that_are_not_the_layer(wrong: str) -> None:
+    """Engines agree about wrong blocks as well as about right ones, and a random model's loss says nothing."""
+    spec = find_architecture("llama")
+    assert spec is not None
+    right = spec.layers[0]
+    blocks = {
+        "mlp": {"mlp_block": lambda layer, x, **kwargs: layer.mlp(layer.post_attention_layernorm(x))},
+        "attention": {"attention_block": lambda layer, x, **kwargs: x},
+        "extras": {"attention_block": lambda layer, x, **kwargs: (right.attention_block(layer, x, **kwargs), None)},
+    }
+    layer = dataclasses.replace(right, **blocks[wrong])
+    model, batch = tiny("llama"), batch_for(tiny("llama"))
+    meft_kernels.register_architecture(dataclasses.replace(spec, layers=(layer,)))
+    report = meft_kernels.verify(meft_kernels.patch(model), batch)
+    assert report.bit_exact
+    assert not report.blocks_match
+    assert "blocks are the layer" in str(report)
 
 
 REMOTE_CODE = """
@@ -214,7 +238,7 @@ def test_a_layer_that_returns_a_tuple_of_one(tmp_path: Path) -> None:
     assert patched(make(), frozen_layers=2)(**BATCH).logits.shape == (2, 5, 20)
 
 
-@pytest.mark.parametrize("wrong", ["ffn_writes", "layerdrop", "post_norm"])
+@pytest.mark.parametrize("wrong", ["ffn_writes", "layerdrop", "post_norm", "activation"])
 def test_a_spec_that_does_not_fit_changes_nothing(wrong: str) -> None:
     """The commonest mistake of somebody who follows the guide."""
     spec = find_architecture("gpt2")
@@ -224,8 +248,11 @@ def test_a_spec_that_does_not_fit_changes_nothing(wrong: str) -> None:
         "layerdrop": lambda config: config.nope,
         "post_norm": lambda config: config.nope,
     }
-    layer = dataclasses.replace(spec.layers[0], **{wrong: broken[wrong]})
-    meft_kernels.register_architecture(dataclasses.replace(spec, layers=(layer,)))
+    if wrong == "activation":
+        meft_kernels.register_architecture(dataclasses.replace(spec, activation=lambda config: config.nope))
+    else:
+        layer = dataclasses.replace(spec.layers[0], **{wrong: broken[wrong]})
+        meft_kernels.register_architecture(dataclasses.replace(spec, layers=(layer,)))
     model = tiny("gpt2")
     keys, required = list(model.state_dict()), [p.requires_grad for p in model.parameters()]
     with pytest.raises(meft_kernels.UnsupportedModelError, match=r"ArchitectureSpec of 'gpt2' does not fit .*'nope'"):
@@ -249,8 +276,16 @@ def test_a_pickle_whose_family_is_not_registered_says_so() -> None:
         pickle.loads(stored)
 
 
-def test_a_spec_without_layers_is_refused() -> None:
-    with pytest.raises(ValueError, match="at least one"):
-        meft_kernels.register_architecture(
-            meft_kernels.ArchitectureSpec(model_types=("mine",), layers=(), activation=lambda config: "gelu")
-        )
+def test_specs_of_the_wrong_types_are_refused() -> None:
+    llama = find_architecture("llama")
+    assert llama is not None
+    for wrong, message in (
+        ({"layers": ()}, "layers must be a tuple of at least one LayerSpec"),
+        ({"layers": llama.layers[0]}, "layers must be a tuple of at least one LayerSpec"),
+        ({"model_types": "mine"}, "model_types must be a tuple of at least one str, got 'mine'"),
+        ({"activation": "gelu"}, "activation must be a function, see ArchitectureSpec; got 'gelu'"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            dataclasses.replace(llama, **wrong)
+    with pytest.raises(TypeError, match="mlp_block must be a function, see LayerSpec; got None"):
+        dataclasses.replace(llama.layers[0], mlp_block=None)

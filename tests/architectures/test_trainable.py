@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -65,6 +66,39 @@ def test_peft_without_our_adapters_computes_what_peft_does_up_to_the_leak() -> N
         expected = model(**batch).logits
         found = meft_kernels.patch(model, adapters="none", beta=-1 / 64)(**batch).logits
     assert (found - expected).norm() < 0.05 * expected.norm()
+
+
+@pytest.mark.parametrize("adapters", ["none", "all"])
+@pytest.mark.parametrize("calibrated", [False, True])
+@pytest.mark.parametrize("name", ["bert", "llama", "t5"])
+def test_prefix_tuning_is_refused(name: str, calibrated: bool, adapters: str) -> None:
+    """Its prefix is a filled cache, to which a recompute sends no gradient."""
+    task = {"bert": "SEQ_CLS", "llama": "CAUSAL_LM", "t5": "SEQ_2_SEQ_LM"}[name]
+    model = peft.get_peft_model(tiny(name), peft.PrefixTuningConfig(task_type=task, num_virtual_tokens=3))
+    meft_kernels.patch(model, adapters=adapters, fraction_bits=16 if calibrated else None).train()
+    with pytest.raises(meft_kernels.ReversibleUsageError, match="Prefix tuning works this way"):
+        model(**batch_for(model.get_base_model()))
+    with torch.no_grad():
+        model(**batch_for(model.get_base_model()))  # without gradients it is but a cache
+
+
+def test_a_soft_prompt_counts_as_trainable(capsys: pytest.CaptureFixture[str]) -> None:
+    """It is a parameter of PEFT's wrapper and not of the model inside."""
+    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    model = meft_kernels.patch(peft.get_peft_model(tiny("llama"), config), adapters="none")
+    meft_kernels.print_trainable_parameters(model)
+    assert "trainable params: 128 " in capsys.readouterr().out
+    assert meft_kernels.describe(model).trainable_parameters == 128
+
+
+def test_what_peft_does_not_save_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model = meft_kernels.patch(wrapped("llama", "lora"))
+    assert "holds PEFT's weights and not the adapters inserted now" in caplog.text
+    meft_kernels.save_adapter(model, tmp_path)
+    assert "Save PEFT's with its own save_pretrained, into another folder" in caplog.text
+    caplog.clear()
+    meft_kernels.patch(wrapped("llama", "lora"), adapters="none")
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]
 
 
 @pytest.mark.parametrize("name", ["llama", "bert", "bart", "distilbert", "deberta-v2", "gpt2", "opt", "t5"])
