@@ -18,6 +18,7 @@ from transformers import (
     LlamaForCausalLM,
 )
 
+import meft_kernels
 from meft_kernels.patching import require_state
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -83,6 +84,16 @@ def train_step(
     gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
     return loss.item(), gradients
+
+
+def pair(family: str, **settings: object) -> tuple[nn.Module, nn.Module]:
+    """The same patched model twice, in train mode (BERT with dropout 0.1): reversible, and on plain autograd."""
+    models = []
+    for engine in ("reversible", "autograd"):
+        model = FAMILIES[family]()
+        torch.manual_seed(5)
+        models.append(meft_kernels.patch(model, engine=engine, **{**TRAINABLE_START, **settings}).train())
+    return models[0], models[1]
 
 
 def relative_error(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
