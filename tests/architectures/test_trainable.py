@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 
 import meft_kernels
 from meft_kernels.patching import require_state
@@ -75,6 +76,12 @@ def test_prefix_tuning_is_refused(name: str, calibrated: bool, adapters: str) ->
     """Its prefix is a filled cache, to which a recompute sends no gradient."""
     task = {"bert": "SEQ_CLS", "llama": "CAUSAL_LM", "t5": "SEQ_2_SEQ_LM"}[name]
     model = peft.get_peft_model(tiny(name), peft.PrefixTuningConfig(task_type=task, num_virtual_tokens=3))
+    try:
+        model(**batch_for(model.get_base_model()))
+    except ValueError as error:  # PEFT 0.21 looks for past_key_values in BERT's forward, where 5.24 says cache
+        pytest.skip(
+            f"PEFT {peft.__version__} cannot run it unpatched on transformers {transformers.__version__}: {error}"
+        )
     meft_kernels.patch(model, adapters=adapters, fraction_bits=16 if calibrated else None).train()
     with pytest.raises(meft_kernels.ReversibleUsageError, match="Prefix tuning works this way"):
         model(**batch_for(model.get_base_model()))
