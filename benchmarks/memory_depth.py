@@ -20,7 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import meft_kernels
 from benchmarks.rivals import RIVALS
 from meft_kernels.memory import LiveTensorMeter
-from meft_kernels.patching import unwrap
+from meft_kernels.state import unwrap
 
 HIDDEN_SIZE = 512
 

@@ -2,7 +2,8 @@
 
 from . import ops
 from .architectures import ArchitectureSpec, LayerSpec, register_architecture, supported_model_types
-from .checkpoint import load_adapter, save_adapter
+from .checkpoint.load import load_adapter
+from .checkpoint.save import save_adapter
 from .config import MeftConfig
 from .describe import Description, describe, print_trainable_parameters
 from .errors import (
@@ -15,7 +16,8 @@ from .errors import (
     StreamOverflowError,
     UnsupportedModelError,
 )
-from .patching import disable_adapter, patch, unpatch
+from .patching import patch, unpatch
+from .switching import adapter_names, add_adapter, delete_adapter, disable_adapter, set_adapter
 from .verify import VerifyReport, calibrate, verify
 
 __all__ = [
@@ -32,7 +34,10 @@ __all__ = [
     "StreamOverflowError",
     "UnsupportedModelError",
     "VerifyReport",
+    "adapter_names",
+    "add_adapter",
     "calibrate",
+    "delete_adapter",
     "describe",
     "disable_adapter",
     "load_adapter",
@@ -41,6 +46,7 @@ __all__ = [
     "print_trainable_parameters",
     "register_architecture",
     "save_adapter",
+    "set_adapter",
     "supported_model_types",
     "unpatch",
     "verify",

@@ -8,8 +8,8 @@ from torch import nn
 
 from .ops.coupling.api import reciprocal
 from .ops.coupling.packing import remainder_bits
-from .patching import count_parameters, require_state, unwrap
 from .stack import ReversibleStack
+from .state import count_parameters, require_state, unwrap
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,9 @@ from .variants import Branch, Plan
 if TYPE_CHECKING:
     from .stack import ReversibleStack
 
+ADAPTERS = "meft"
+"""Name of the submodule that holds a layer's adapters."""
+
 _CACHE_NAMES = ("cache", "past_key_values", "past_key_value", "layer_past")
 """Names under which a layer is handed a KV cache; transformers 5.24 took a new one."""
 
@@ -77,6 +80,17 @@ class PatchedLayer:
             del self.module.forward
         else:
             self.module.forward = self._instance_forward
+
+    @property
+    def adapters(self) -> dict[str, Adapter]:
+        """The adapters in this layer, by name: ``ffn`` and ``stream``, or none."""
+        return {} if self.adapter is None or self.tap is None else {"ffn": self.tap.adapter, "stream": self.adapter}
+
+    def hold(self, adapters: dict[str, Adapter]) -> None:
+        """Put these in the place of those that the layer has."""
+        assert self.tap is not None, "a layer patched without adapters has no place for one"
+        getattr(self.module, ADAPTERS).update(adapters)
+        self.adapter, self.tap.adapter = adapters["stream"], adapters["ffn"]
 
     @property
     def __signature__(self) -> inspect.Signature:

@@ -5,42 +5,25 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
-from transformers.activations import ACT2FN
 
 from .adapters import Adapter, FfnTap
-from .architectures import ArchitectureSpec
+from .checkpoint.binding import CheckpointBinding
 from .config import MeftConfig
 from .errors import PatchError
-from .layer import PatchedLayer
+from .insertion import make_adapters
+from .layer import ADAPTERS, PatchedLayer
 from .stack import ReversibleStack
-from .targets import LayerList, check_trainable, find_layers, find_spec, fitting, is_peft, modules_to_train
+from .stack_state import StackState
+from .state import STATE, PatchState, count_parameters, find_state, require_state, unwrap
+from .targets import LayerList, check_trainable, find_layers, find_spec, is_peft, modules_to_train
 
 logger = logging.getLogger(__name__)
 
 Model = TypeVar("Model", bound=nn.Module)
-
-_STATE = "_meft_state"
-_ADAPTERS = "meft"
-"""Name of the submodule that holds a layer's adapters."""
-
-
-@dataclass
-class PatchState:
-    """What :func:`patch` did to a model."""
-
-    config: MeftConfig
-    stacks: list[ReversibleStack]
-    trained_modules: tuple[str, ...]
-    """Modules trained and saved whole beside the adapters."""
-    required_grad: dict[str, bool]
-    """``requires_grad`` of every parameter before."""
 
 
 def patch(model: Model, config: MeftConfig | None = None, **overrides: Any) -> Model:
@@ -65,16 +48,8 @@ def patch(model: Model, config: MeftConfig | None = None, **overrides: Any) -> M
     """
     config = dataclasses.replace(config or MeftConfig(), **overrides)
     if (state := find_state(model)) is not None:
-        if state.config == config:
-            return model
-        differing = [
-            f"{f.name}={getattr(state.config, f.name)!r} (asked for {getattr(config, f.name)!r})"
-            for f in dataclasses.fields(config)
-            if getattr(state.config, f.name) != getattr(config, f.name)
-        ]
-        raise PatchError(
-            f"already patched with {', '.join(differing)}: call unpatch(model) first (it drops the adapters)"
-        )
+        check_same_settings(state.config, config)
+        return model
     base = unwrap(model)
     spec = find_spec(base, config)
     lists = find_layers(base, spec)
@@ -83,7 +58,10 @@ def patch(model: Model, config: MeftConfig | None = None, **overrides: Any) -> M
         if any(isinstance(vars(layer).get("forward"), PatchedLayer) for layer in target.layers):
             raise PatchError(f"layers of {target.name} are already patched as part of another model")
     adapters = [
-        [_make_adapters(layer, target, base, spec, config) for layer in target.layers[config.frozen_layers :]]
+        [
+            make_adapters(layer, target.hidden_size, base, spec, config)
+            for layer in target.layers[config.frozen_layers :]
+        ]
         for target in lists
     ]
     trained = modules_to_train(base, spec, config)
@@ -96,7 +74,10 @@ def patch(model: Model, config: MeftConfig | None = None, **overrides: Any) -> M
     for name in trained:
         base.get_submodule(name).requires_grad_(True)
     stacks = [_bind(target, made, config) for target, made in zip(lists, adapters, strict=True)]
-    object.__setattr__(base, _STATE, PatchState(config, stacks, trained, required_grad))
+    state = PatchState(config, stacks, trained, required_grad)
+    if config.adapters == "all":
+        state.saving = CheckpointBinding(base)
+    object.__setattr__(base, STATE, state)
     trainable, total = count_parameters(base)
     logger.info(
         "patched %s: %s, %s arithmetic, %s coupling, %d reversible layers, %s trainable of %s parameters",
@@ -118,8 +99,25 @@ def patch(model: Model, config: MeftConfig | None = None, **overrides: Any) -> M
     return model
 
 
+def check_same_settings(here: MeftConfig, asked: MeftConfig) -> None:
+    """Refuse to do with one model what needs another.
+
+    Raises:
+        PatchError: the settings differ; names those that do.
+    """
+    differing = [
+        f"{f.name}={getattr(here, f.name)!r} (asked for {getattr(asked, f.name)!r})"
+        for f in dataclasses.fields(MeftConfig)
+        if getattr(here, f.name) != getattr(asked, f.name)
+    ]
+    if differing:
+        raise PatchError(
+            f"already patched with {', '.join(differing)}: call unpatch(model) first (it drops the adapters)"
+        )
+
+
 def unpatch(model: Model) -> Model:
-    """Undo :func:`patch`: adapters dropped, forwards, hooks and ``requires_grad`` as they were. Save adapters first.
+    """Undo :func:`patch`: adapters dropped, all of them, forwards, hooks, ``requires_grad`` as before. Save them first.
 
     Modules trained beside the adapters (a task head, BERT's pooler with it) keep their trained weights.
 
@@ -137,76 +135,16 @@ def unpatch(model: Model) -> Model:
                 )
     for stack in state.stacks:
         for layer in stack.layers:
-            layer.module._modules.pop(_ADAPTERS, None)
+            layer.module._modules.pop(ADAPTERS, None)
         stack.remove()
+    if state.saving is not None:
+        state.saving.remove(base)
     for name, parameter in base.named_parameters():
         parameter.requires_grad_(state.required_grad.get(name, parameter.requires_grad))
         if not parameter.requires_grad:
             parameter.grad = None
-    delattr(base, _STATE)
+    delattr(base, STATE)
     return model
-
-
-@contextmanager
-def disable_adapter(model: nn.Module) -> Iterator[None]:
-    """Inside a ``with`` block the model computes what it did, frozen, before :func:`patch`: DPO's reference, say.
-
-    Bit for bit: adapters and coupling are out of the way. Modules trained beside them (a task head) stay as they are. A
-    backward through a forward made outside of the block must run outside of it, too.
-
-    Raises:
-        PatchError: the model is not patched.
-    """
-    with ExitStack() as bypasses:
-        for stack in require_state(model).stacks:
-            bypasses.enter_context(stack.bypass())
-        yield
-
-
-def unwrap(model: Any) -> Any:
-    """The transformers model inside a PEFT, DDP or ``torch.compile`` wrapper."""
-    while True:
-        if hasattr(model, "get_base_model"):
-            model = model.get_base_model()
-        elif isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
-            model = model.module
-        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
-            model = inner
-        else:
-            return model
-
-
-def find_state(model: nn.Module) -> PatchState | None:
-    """What :func:`patch` did to the model, None if it did nothing."""
-    return getattr(unwrap(model), _STATE, None)
-
-
-def require_state(model: nn.Module) -> PatchState:
-    """The same, where there must be something.
-
-    Raises:
-        PatchError: the model is not patched.
-    """
-    state = find_state(model)
-    if state is None:
-        raise PatchError("this model is not patched: call meft_kernels.patch(model) first")
-    return state
-
-
-def adapter_module_names(state: PatchState) -> list[str]:
-    """Qualified names of the modules that hold adapters."""
-    if state.config.adapters == "none":
-        return []
-    return [f"{layer.name}.{_ADAPTERS}" for stack in state.stacks for layer in stack.layers]
-
-
-def count_parameters(model: nn.Module) -> tuple[int, int]:
-    """(trainable, all) parameters."""
-    trainable = total = 0
-    for parameter in model.parameters():
-        total += parameter.numel()
-        trainable += parameter.numel() if parameter.requires_grad else 0
-    return trainable, total
 
 
 def _warn_of_drift(stack: ReversibleStack, dtype: torch.dtype) -> None:
@@ -229,43 +167,16 @@ def _warn_of_drift(stack: ReversibleStack, dtype: torch.dtype) -> None:
         )
 
 
-def _make_adapters(
-    layer: nn.Module, target: LayerList, model: Any, spec: ArchitectureSpec, config: MeftConfig
-) -> dict[str, Adapter]:
-    """One layer's adapters: ``ffn`` parallel to its FFN, ``stream`` for the other branch."""
-    if config.adapters == "none":
-        return {}
-    weight = next(parameter for parameter in layer.parameters())
-    dtype = weight.dtype if weight.is_floating_point() else getattr(model, "dtype", torch.float32)
-    with fitting(model):
-        activation = config.activation or spec.activation(model.config)
-        dropout = spec.dropout(model.config) if config.dropout is None else config.dropout
-    if activation not in ACT2FN:
-        raise ValueError(f"activation {activation!r} is none of {', '.join(sorted(ACT2FN))}")
-    return {
-        name: Adapter(
-            target.hidden_size,
-            config.rank,
-            activation,
-            dropout,
-            down_init_std=config.down_init_std,
-            up_init_std=config.up_init_std,
-            impl=config.impl,
-            device=weight.device,
-            dtype=torch.float32 if config.adapter_dtype == "float32" and dtype != torch.float64 else dtype,
-        ).train(layer.training)
-        for name in ("ffn", "stream")
-    }
-
-
 def _bind(target: LayerList, adapters: list[dict[str, Adapter]], config: MeftConfig) -> ReversibleStack:
     stack = ReversibleStack(target, config)
     for index, made in enumerate(adapters, config.frozen_layers):
         layer = target.layers[index]
-        tap = FfnTap(made["ffn"], stack) if made else None
-        patched = PatchedLayer(stack, layer, index, made.get("stream"), tap)
-        if made:
-            layer.add_module(_ADAPTERS, nn.ModuleDict(made).train(layer.training))
+        inside: dict[str, nn.Module] = {**made}
+        if not stack.layers:
+            inside["state"] = StackState(stack)
+        if inside:
+            layer.add_module(ADAPTERS, nn.ModuleDict(inside).train(layer.training))
+        patched = PatchedLayer(stack, layer, index, made.get("stream"), FfnTap(made["ffn"], stack) if made else None)
         patched.bind()
         stack.layers.append(patched)
     return stack

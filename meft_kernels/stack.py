@@ -67,7 +67,7 @@ class ReversibleStack:
         self.engine = config.engine
         self.first = config.frozen_layers
         self.layers: list[PatchedLayer] = []
-        self.arithmetic: Arithmetic | None = None
+        self.arithmetic: Arithmetic | None
         """None until the first batch has chosen ``fraction_bits``."""
         self.bypassed = False
         """Whether calls go to the pretrained layers as they were, adapters left out."""
@@ -75,8 +75,7 @@ class ReversibleStack:
         self.max_bits = MAX_CALIBRATED_BITS
         """Calibration goes no finer; lowered when streams overflowed what it had chosen."""
         self._local = threading.local()
-        if config.arithmetic == "float" or config.fraction_bits is not None:
-            self.arithmetic = Arithmetic(config.fraction_bits, config.impl)
+        self.arithmetic = self.given_arithmetic(config)
         self._handles = [
             self.owner.register_forward_pre_hook(self._before_forward, with_kwargs=True),
             self.owner.register_forward_hook(self._after_forward, always_call=True),
@@ -116,6 +115,18 @@ class ReversibleStack:
         # Break the cycles, so that `del model` frees its memory at once.
         self.layers.clear()
         self._handles.clear()
+
+    @staticmethod
+    def given_arithmetic(config: MeftConfig) -> Arithmetic | None:
+        """How streams are held, where the settings say it all; None where a batch must be seen first."""
+        if config.arithmetic == "float" or config.fraction_bits is not None:
+            return Arithmetic(config.fraction_bits, config.impl)
+        return None
+
+    def take_up(self, config: MeftConfig, arithmetic: Arithmetic | None) -> None:
+        """Go on with another adapter's settings and calibration."""
+        self.abandon()
+        self.config, self.arithmetic, self.max_bits = config, arithmetic, MAX_CALIBRATED_BITS
 
     def abandon(self) -> None:
         """Forget the pass under way, if any."""

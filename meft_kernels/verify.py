@@ -14,8 +14,9 @@ from torch import nn
 
 from .config import Engine
 from .errors import ReversibleUsageError
-from .patching import PatchState, disable_adapter, require_state, unwrap
 from .replay import seeded
+from .state import PatchState, fraction_bits_of, require_state, unwrap
+from .switching import disable_adapter
 
 Batch = Mapping[str, Any]
 
@@ -113,11 +114,6 @@ def calibrate(model: nn.Module, batch: Batch) -> tuple[int | None, ...]:
     with torch.no_grad():
         unwrap(model)(**batch)
     return fraction_bits_of(state)
-
-
-def fraction_bits_of(state: PatchState) -> tuple[int | None, ...]:
-    """K of every stack, None where streams are float or not calibrated yet."""
-    return tuple(stack.arithmetic.fraction_bits if stack.arithmetic is not None else None for stack in state.stacks)
 
 
 def verify(model: nn.Module, batch: Batch) -> VerifyReport:

@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 
 import meft_kernels
 from meft_kernels import AdapterFileError, PatchError
-from meft_kernels.checkpoint import CONFIG_NAME, WEIGHTS_NAME
-from meft_kernels.patching import find_state
+from meft_kernels.checkpoint.files import CARD_NAME, CONFIG_NAME, WEIGHTS_NAME
+from meft_kernels.state import find_state
 
 from .models import TRAINABLE_START, VARIANTS, tiny_batch, tiny_bert, tiny_llama
 
@@ -113,6 +113,7 @@ def change_config(**changes: Any) -> Callable[[Path], None]:
     return apply
 
 
+STATE_KEY = "bert.encoder.layer.0.meft.state._extra_state"
 KEY = "bert.encoder.layer.1.meft.ffn.up.weight"
 DAMAGE = {
     "no folder": (lambda folder: shutil.rmtree(folder), "holds no adapter_config.json"),
@@ -139,8 +140,24 @@ DAMAGE = {
     "settings no object": (change_config(config=3), "no valid 'config'"),
     "no fingerprint": (change_config(base_fingerprint=None), "no valid 'base_fingerprint'"),
     "odd fingerprint": (change_config(base_fingerprint={"a": ["x"]}), "no valid 'base_fingerprint'"),
-    "bits of another": (change_config(fraction_bits=[1, 2]), "fraction_bits for 2 stacks"),
-    "bits out of range": (change_config(fraction_bits=[99]), "no valid 'fraction_bits'"),
+    "odd name": (change_config(base_model_name_or_path=["x"]), "no valid 'base_model_name_or_path'"),
+    "odd labels": (change_config(labels={"id2label": {"x": 1}}), "no valid 'labels'"),
+    "no digits for a key": (change_config(labels={"id2label": {"x": "y"}}), "no valid 'labels'"),
+    "other couplings": (
+        change_tensors(lambda tensors: tensors.update({STATE_KEY: tensors[STATE_KEY] ^ torch.tensor([1, 0])})),
+        "patched with other settings",
+    ),
+    "bits out of range": (
+        change_tensors(
+            lambda tensors: tensors.update({STATE_KEY: torch.stack([tensors[STATE_KEY][0], torch.tensor(99)])})
+        ),
+        "fraction_bits is 99",
+    ),
+    "odd state": (change_tensors(lambda tensors: tensors.update({STATE_KEY: torch.zeros(3)})), "two int64 numbers"),
+    "integers for weights": (
+        change_tensors(lambda tensors: tensors.update({KEY: tensors[KEY].to(torch.int32)})),
+        "is torch.int32, the model's torch.float32",
+    ),
 }
 
 
@@ -204,7 +221,7 @@ def test_nothing_to_save(tmp_path: Path) -> None:
 def test_save_replaces_whole_files(saved: Path) -> None:
     model = meft_kernels.load_adapter(tiny_bert(), saved)
     meft_kernels.save_adapter(model, saved)
-    assert sorted(path.name for path in saved.iterdir()) == [CONFIG_NAME, WEIGHTS_NAME]
+    assert sorted(path.name for path in saved.iterdir()) == [CARD_NAME, CONFIG_NAME, WEIGHTS_NAME]
 
 
 def test_how_it_was_run_is_not_part_of_an_adapter(tmp_path: Path) -> None:
@@ -231,7 +248,7 @@ def test_layer_inside_a_wrapper(tmp_path: Path) -> None:
     layer = model.model.layers[1]
     model.model.layers[1] = Wrapper(layer, "_orig_mod")
     meft_kernels.save_adapter(model, tmp_path)
-    assert sum(".meft." in key for key in load_file(tmp_path / WEIGHTS_NAME)) == 3 * 8
+    assert sum(".meft." in key for key in load_file(tmp_path / WEIGHTS_NAME)) == 3 * 8 + 1  # and the stack's state
     model.model.layers[1] = Wrapper(layer, "something_else")
     with pytest.raises(PatchError, match=r"no tensors are named model.layers.1.meft"):
         meft_kernels.save_adapter(model, tmp_path)

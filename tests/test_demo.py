@@ -11,7 +11,7 @@ from meft_kernels.demo import packages
 from meft_kernels.demo.data import batch_indices, load_texts
 from meft_kernels.demo.packages import MissingPackageError
 from meft_kernels.demo.train import footprint, learning_rate_factor
-from meft_kernels.patching import count_parameters
+from meft_kernels.state import count_parameters
 
 # PEFT 0.21 asks transformers 5.23 for an attribute under its old name.
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")

@@ -33,7 +33,7 @@ from transformers import (
 import meft_kernels
 from meft_kernels.architectures import find_architecture
 from meft_kernels.describe import describe
-from meft_kernels.patching import require_state, unwrap
+from meft_kernels.state import require_state, unwrap
 
 from .architectures.zoo import tiny
 from .models import FAMILIES, TRAINABLE_START, VARIANTS, tiny_batch, tiny_bert, tiny_llama, train_step
@@ -233,7 +233,8 @@ def test_adapters_none_leaves_trainability_alone() -> None:
     model = tiny_llama()
     meft_kernels.patch(model, adapters="none")
     assert all(p.requires_grad for p in model.parameters())
-    assert not any(".meft." in name for name in model.state_dict())
+    added = [name for name in model.state_dict() if ".meft." in name]
+    assert added == ["model.layers.0.meft.state._extra_state"]  # the calibration
 
 
 def test_a_family_can_be_registered_from_outside() -> None:

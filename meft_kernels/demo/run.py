@@ -12,9 +12,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..checkpoint import load_adapter, save_adapter
+from ..checkpoint.load import load_adapter
+from ..checkpoint.save import save_adapter
 from ..config import MeftConfig
-from ..patching import count_parameters, patch
+from ..patching import patch
+from ..state import count_parameters
 from ..verify import verify
 from .data import LabelledTexts, batch_indices, load_texts
 from .methods import METHODS, TITLES, Method, Recipe, prepare_lora

@@ -1,0 +1,159 @@
+"""``load_adapter``: strict, and all or nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from ..config import MeftConfig
+from ..errors import AdapterFileError, PatchError
+from ..patching import Model, check_same_settings, patch, unpatch
+from ..state import DEFAULT_ADAPTER, PatchState, find_state, require_state, unwrap
+from ..switching import ADAPTER_SETTINGS, activated, add_slot, delete_adapter
+from .base_model import check_base, is_fingerprint
+from .files import CONFIG_NAME, FORMAT, WEIGHTS_NAME, is_extra_state, read_json, read_tensors, saved_names
+
+_RUN_SETTINGS = ("engine", "impl", "reversible_layers")
+"""Settings that change how the numbers are computed and not which; they are not taken from a file."""
+_START_SETTINGS = ("down_init_std", "up_init_std")
+"""Settings without effect once weights are loaded."""
+
+
+def load_adapter(model: Model, directory: str | os.PathLike[str], adapter_name: str | None = None) -> Model:
+    """Read what :func:`~meft_kernels.save_adapter` wrote into a model of the same base; patch it if it is not patched.
+
+    Strict: base model, settings, names and shapes must agree, or nothing is changed.
+
+    Args:
+        model: a model, patched or not.
+        directory: a folder written by ``save_adapter``, by a patched model's ``save_pretrained``, or a checkpoint of a
+            ``Trainer``'s.
+        adapter_name: the adapter to load into; the active one by default. One that the model does not have is added
+            beside the others, and becomes active only with :func:`~meft_kernels.set_adapter`. It may have another rank,
+            activation or dropout than they have.
+
+    Returns:
+        The same object.
+
+    Raises:
+        AdapterFileError: files missing, damaged, for another base model, or with missing or unexpected tensors.
+        PatchError: the model is patched with other settings.
+        UnsupportedModelError: the model cannot be patched.
+    """
+    folder = Path(directory)
+    description = read_description(folder)
+    base = unwrap(model)
+    check_base(base, description)
+    try:
+        config = MeftConfig.from_dict(description["config"])
+    except (TypeError, ValueError) as error:
+        raise AdapterFileError(f"{folder / CONFIG_NAME}: {error}") from error
+    state = find_state(model)
+    if state is None:
+        # How this process runs the model is its own business: Triton's adapters load without Triton.
+        patch(model, _with_own(config, MeftConfig(variant=config.variant, coupling=config.coupling), _RUN_SETTINGS))
+        try:
+            state = require_state(model)
+            state.active = adapter_name or DEFAULT_ADAPTER
+            _load_weights(base, state, folder)
+        except BaseException:
+            unpatch(model)
+            raise
+        return model
+    name = adapter_name or state.active
+    if new := name not in (state.active, *state.inactive):
+        own = _with_own(config, state.config, _RUN_SETTINGS)
+        check_same_settings(
+            state.config, dataclasses.replace(own, **{s: getattr(state.config, s) for s in ADAPTER_SETTINGS})
+        )
+        add_slot(model, name, own)
+    try:
+        with activated(model, name):
+            if not new:
+                check_same_settings(state.config, _with_own(config, state.config, (*_RUN_SETTINGS, *_START_SETTINGS)))
+            _load_weights(base, state, folder)
+    except BaseException:
+        if new:
+            delete_adapter(model, name)
+        raise
+    return model
+
+
+def read_description(folder: Path) -> dict[str, Any]:
+    """The checked contents of ``adapter_config.json``.
+
+    Raises:
+        AdapterFileError: missing, damaged, or another library's.
+    """
+    path = folder / CONFIG_NAME
+    description = read_json(path)
+    if description.get("library") != "meft_kernels":
+        raise AdapterFileError(f"{path} was not written by meft_kernels (a PEFT adapter is loaded with PEFT)")
+    if description.get("format_version") != FORMAT:
+        raise AdapterFileError(f"{path} has format {description.get('format_version')!r}, this version reads {FORMAT}")
+    if not isinstance(description.get("config"), dict):
+        raise AdapterFileError(f"{path} has no valid 'config'")
+    if not is_fingerprint(description.get("base_fingerprint")):
+        raise AdapterFileError(f"{path} has no valid 'base_fingerprint'")
+    for name in ("base_model_name_or_path", "base_model_class", "model_type"):
+        if not isinstance(description.get(name), str):
+            raise AdapterFileError(f"{path} has no valid {name!r}")
+    labels = description.get("labels")
+    if labels is not None and not (
+        isinstance(labels, dict)
+        and isinstance(labels.get("id2label"), dict)
+        and all(key.isdecimal() and isinstance(value, str) for key, value in labels["id2label"].items())
+        and isinstance(labels.get("problem_type"), str | None)
+    ):
+        raise AdapterFileError(f"{path} has no valid 'labels'")
+    return description
+
+
+def _with_own(config: MeftConfig, here: MeftConfig, own: tuple[str, ...]) -> MeftConfig:
+    """The file's settings, with those named taken from the model that is here."""
+    if here.coefficients == config.coefficients:
+        own = (*own, "lam", "beta")  # one may name what the other leaves to the defaults
+    return dataclasses.replace(config, **{name: getattr(here, name) for name in own})
+
+
+def _load_weights(base: nn.Module, state: PatchState, folder: Path) -> None:
+    path = folder / WEIGHTS_NAME
+    names = saved_names(base, state)
+    found = read_tensors(path)
+    if missing := sorted(names.keys() - found.keys()):
+        raise AdapterFileError(f"{path} lacks {len(missing)} tensors, {missing[0]} among them")
+    if unexpected := sorted(found.keys() - names.keys()):
+        raise AdapterFileError(
+            f"{path} has {len(unexpected)} tensors that the model does not, {unexpected[0]} among them"
+        )
+    targets = dict(base.state_dict(keep_vars=True))
+    for key, name in names.items():
+        if is_extra_state(key):
+            try:
+                base.get_submodule(name.rpartition(".")[0]).check(found[key])  # type: ignore[operator]
+            except PatchError as error:
+                raise AdapterFileError(f"{path}: {error}") from error
+        elif found[key].shape != targets[name].shape:
+            raise AdapterFileError(
+                f"{path}: {key} is {tuple(found[key].shape)}, the model's {tuple(targets[name].shape)}"
+            )
+        elif found[key].is_floating_point() != targets[name].is_floating_point():
+            raise AdapterFileError(f"{path}: {key} is {found[key].dtype}, the model's {targets[name].dtype}")
+    with torch.no_grad():
+        for key, name in names.items():
+            if is_extra_state(key):
+                base.get_submodule(name.rpartition(".")[0]).set_extra_state(found[key])
+            else:
+                targets[name].copy_(_placed_like(targets[name], found[key]))
+
+
+def _placed_like(target: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
+    if not isinstance(target, DTensor):
+        return source
+    return distribute_tensor(source.to(target.device), target.device_mesh, target.placements)

@@ -1,0 +1,108 @@
+"""What a patched model carries with it: its settings, its stacks, its adapters."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from torch import nn
+
+from .adapters import Adapter
+from .arithmetic import Arithmetic
+from .config import MeftConfig
+from .errors import PatchError
+from .layer import ADAPTERS
+from .stack import ReversibleStack
+
+STATE = "_meft_state"
+"""Attribute of the transformers model under which :class:`PatchState` is kept."""
+DEFAULT_ADAPTER = "default"
+
+
+@dataclass
+class AdapterSlot:
+    """One adapter while another is in the model: its settings, its weights, and the calibration it was trained with."""
+
+    config: MeftConfig
+    layers: list[list[dict[str, Adapter]]]
+    """Of every stack, of every patched layer."""
+    heads: dict[str, nn.Module]
+    """Modules trained with it, by name."""
+    arithmetics: list[Arithmetic | None]
+    """Of every stack."""
+
+
+class Binding(Protocol):
+    """Something bound on the model, to be taken off again."""
+
+    def remove(self, model: nn.Module) -> None: ...
+
+
+@dataclass
+class PatchState:
+    """What :func:`~meft_kernels.patch` did to a model."""
+
+    config: MeftConfig
+    """Settings of the active adapter."""
+    stacks: list[ReversibleStack]
+    trained_modules: tuple[str, ...]
+    """Modules trained and saved whole beside the adapters."""
+    required_grad: dict[str, bool]
+    """``requires_grad`` of every parameter before."""
+    active: str = DEFAULT_ADAPTER
+    """Name of the adapter that is in the model."""
+    inactive: dict[str, AdapterSlot] = field(default_factory=dict)
+    """The others, by name."""
+    saving: Binding | None = None
+    """What was bound on the model for its checkpoints."""
+
+
+def unwrap(model: Any) -> Any:
+    """The transformers model inside a PEFT, DDP or ``torch.compile`` wrapper."""
+    while True:
+        if hasattr(model, "get_base_model"):
+            model = model.get_base_model()
+        elif isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
+            model = model.module
+        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
+            model = inner
+        else:
+            return model
+
+
+def find_state(model: nn.Module) -> PatchState | None:
+    """What :func:`~meft_kernels.patch` did to the model, None if it did nothing."""
+    return getattr(unwrap(model), STATE, None)
+
+
+def require_state(model: nn.Module) -> PatchState:
+    """The same, where there must be something.
+
+    Raises:
+        PatchError: the model is not patched.
+    """
+    state = find_state(model)
+    if state is None:
+        raise PatchError("this model is not patched: call meft_kernels.patch(model) first")
+    return state
+
+
+def adapter_module_names(state: PatchState) -> list[str]:
+    """Qualified names of the modules that hold adapters."""
+    if state.config.adapters == "none":
+        return []
+    return [f"{layer.name}.{ADAPTERS}" for stack in state.stacks for layer in stack.layers]
+
+
+def fraction_bits_of(state: PatchState) -> tuple[int | None, ...]:
+    """K of every stack, None where streams are float or not calibrated yet."""
+    return tuple(stack.arithmetic.fraction_bits if stack.arithmetic is not None else None for stack in state.stacks)
+
+
+def count_parameters(model: nn.Module) -> tuple[int, int]:
+    """(trainable, all) parameters."""
+    trainable = total = 0
+    for parameter in model.parameters():
+        total += parameter.numel()
+        trainable += parameter.numel() if parameter.requires_grad else 0
+    return trainable, total

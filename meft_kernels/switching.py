@@ -1,0 +1,170 @@
+"""Several adapters for one model: adding, switching, deleting, and leaving them out for a while."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from copy import deepcopy
+from typing import Any
+
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from .config import MeftConfig
+from .errors import PatchError
+from .insertion import make_adapters
+from .state import AdapterSlot, PatchState, require_state, unwrap
+from .targets import find_spec
+
+ADAPTER_SETTINGS = (
+    "rank", "activation", "dropout", "down_init_std", "up_init_std", "adapter_dtype", "fraction_bits"
+)  # fmt: skip
+"""Settings in which the adapters of one model may differ; the others are the model's."""
+
+
+def adapter_names(model: nn.Module) -> tuple[str, ...]:
+    """Names of the model's adapters, the active one first.
+
+    Raises:
+        PatchError: the model is not patched.
+    """
+    state = require_state(model)
+    return state.active, *state.inactive
+
+
+def add_adapter(model: nn.Module, adapter_name: str, **settings: Any) -> None:
+    """Add an untrained adapter beside those that the model has; :func:`set_adapter` makes it the active one.
+
+    Modules trained with the adapters (a task head) belong to each: the new one starts with a copy of the active one's.
+
+    Args:
+        model: a patched model.
+        adapter_name: of the new adapter. The one that ``patch`` inserted is called ``"default"``.
+        **settings: ``rank``, ``activation``, ``dropout``, ``down_init_std``, ``up_init_std``, ``adapter_dtype`` and
+            ``fraction_bits``, where they are not to be the active adapter's.
+
+    Raises:
+        PatchError: the model is not patched, has no adapters, or has one of this name; or a setting is the model's.
+        ValueError: a setting is out of range. Nothing has been changed when an error is raised.
+    """
+    state = require_state(model)
+    if not isinstance(adapter_name, str) or not adapter_name:
+        raise ValueError(f"an adapter's name is a string that is not empty, not {adapter_name!r}")
+    if adapter_name in adapter_names(model):
+        raise PatchError(f"there is an adapter {adapter_name!r} already; the model has {_listed(state)}")
+    if others := sorted(settings.keys() - set(ADAPTER_SETTINGS)):
+        raise PatchError(
+            f"{', '.join(others)} cannot differ between the adapters of one model; {', '.join(ADAPTER_SETTINGS)} can"
+        )
+    add_slot(model, adapter_name, dataclasses.replace(state.config, **settings))
+
+
+def add_slot(model: nn.Module, adapter_name: str, config: MeftConfig) -> None:
+    """The same with complete settings, known to fit the model."""
+    state, base = require_state(model), unwrap(model)
+    if config.adapters == "none":
+        raise PatchError("the model was patched with adapters='none' and has no place for one")
+    _check_may_switch(model, state)
+    spec = find_spec(base, config)
+    layers = [
+        [make_adapters(layer.module, stack.hidden_size, base, spec, config) for layer in stack.layers]
+        for stack in state.stacks
+    ]
+    heads = {name: deepcopy(base.get_submodule(name)) for name in state.trained_modules}
+    state.inactive[adapter_name] = AdapterSlot(
+        config, layers, heads, [stack.given_arithmetic(config) for stack in state.stacks]
+    )
+
+
+def set_adapter(model: nn.Module, adapter_name: str) -> None:
+    """Make this adapter the active one: the one that computes, trains, and is in ``state_dict()``.
+
+    Parameters of the others leave the model unchanged and come back as the same objects, so that each adapter may have
+    an optimizer of its own. A forward made before must have its backward before the switch, or backward raises.
+
+    Raises:
+        PatchError: the model is not patched, or has no adapter of this name.
+    """
+    state, base = require_state(model), unwrap(model)
+    if adapter_name == state.active:
+        return
+    if adapter_name not in state.inactive:
+        raise PatchError(f"there is no adapter {adapter_name!r}; the model has {_listed(state)}")
+    _check_may_switch(model, state)
+    coming = state.inactive.pop(adapter_name)
+    state.inactive[state.active] = AdapterSlot(
+        state.config,
+        [[layer.adapters for layer in stack.layers] for stack in state.stacks],
+        {name: base.get_submodule(name) for name in state.trained_modules},
+        [stack.arithmetic for stack in state.stacks],
+    )
+    for stack, layers, arithmetic in zip(state.stacks, coming.layers, coming.arithmetics, strict=True):
+        stack.take_up(coming.config, arithmetic)
+        for layer, adapters in zip(stack.layers, layers, strict=True):
+            device = next(iter(layer.adapters.values())).up.weight.device  # the model may have moved meanwhile
+            layer.hold({name: adapter.to(device).train(layer.module.training) for name, adapter in adapters.items()})
+    for name, head in coming.heads.items():
+        before = base.get_submodule(name)
+        parent, _, leaf = name.rpartition(".")
+        for parameter in before.parameters():
+            head.to(parameter.device)
+        setattr(base.get_submodule(parent), leaf, head.train(before.training))
+    state.config, state.active = coming.config, adapter_name
+
+
+def delete_adapter(model: nn.Module, adapter_name: str) -> None:
+    """Drop an adapter that is not the active one.
+
+    Raises:
+        PatchError: the model is not patched, has no adapter of this name, or it is active.
+    """
+    state = require_state(model)
+    if adapter_name == state.active:
+        raise PatchError(
+            f"{adapter_name!r} is the active adapter: set_adapter to another first, or unpatch the model to drop all"
+        )
+    if adapter_name not in state.inactive:
+        raise PatchError(f"there is no adapter {adapter_name!r}; the model has {_listed(state)}")
+    del state.inactive[adapter_name]
+
+
+@contextmanager
+def activated(model: nn.Module, adapter_name: str) -> Iterator[None]:
+    """Inside a ``with`` block another adapter is the active one."""
+    before = require_state(model).active
+    set_adapter(model, adapter_name)
+    try:
+        yield
+    finally:
+        set_adapter(model, before)
+
+
+@contextmanager
+def disable_adapter(model: nn.Module) -> Iterator[None]:
+    """Inside a ``with`` block the model computes what it did, frozen, before :func:`patch`: DPO's reference, say.
+
+    Bit for bit: adapters and coupling are out of the way. Modules trained beside them (a task head) stay as they are. A
+    backward through a forward made outside of the block must run outside of it, too.
+
+    Raises:
+        PatchError: the model is not patched.
+    """
+    with ExitStack() as bypasses:
+        for stack in require_state(model).stacks:
+            bypasses.enter_context(stack.bypass())
+        yield
+
+
+def _check_may_switch(model: nn.Module, state: PatchState) -> None:
+    wrapped = isinstance(model, nn.parallel.DistributedDataParallel)
+    sharded = any(isinstance(p, DTensor) for stack in state.stacks for p in stack.layers[0].module.parameters())
+    if wrapped or sharded:
+        raise PatchError(
+            "adapters cannot be added or switched inside DistributedDataParallel or fully_shard, which have taken hold "
+            "of the parameters: do it before wrapping"
+        )
+
+
+def _listed(state: PatchState) -> str:
+    return ", ".join(map(repr, (state.active, *state.inactive)))
