@@ -2,6 +2,15 @@
 
 from . import ops
 from .architectures import ArchitectureSpec, LayerSpec, register_architecture, supported_model_types
+from .auto import (
+    AutoMeftModel,
+    AutoMeftModelForCausalLM,
+    AutoMeftModelForQuestionAnswering,
+    AutoMeftModelForSeq2SeqLM,
+    AutoMeftModelForSequenceClassification,
+    AutoMeftModelForTokenClassification,
+)
+from .callback import MeftCallback
 from .checkpoint.load import load_adapter
 from .checkpoint.save import save_adapter
 from .config import MeftConfig
@@ -23,8 +32,15 @@ from .verify import VerifyReport, calibrate, verify
 __all__ = [
     "AdapterFileError",
     "ArchitectureSpec",
+    "AutoMeftModel",
+    "AutoMeftModelForCausalLM",
+    "AutoMeftModelForQuestionAnswering",
+    "AutoMeftModelForSeq2SeqLM",
+    "AutoMeftModelForSequenceClassification",
+    "AutoMeftModelForTokenClassification",
     "Description",
     "LayerSpec",
+    "MeftCallback",
     "MeftConfig",
     "MeftError",
     "NonFiniteError",

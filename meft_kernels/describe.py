@@ -47,17 +47,21 @@ class Description:
     lam: float
     beta: float
     rank: int | None
+    """Of the active adapter; None where there is none."""
+    adapters: tuple[str, ...]
+    """Names, the active one first."""
     trainable_parameters: int
     all_parameters: int
     stacks: tuple[StackDescription, ...]
 
     def __str__(self) -> str:
+        active, *others = self.adapters or ("none",)
         rows = [
             ("model", self.model),
             ("variant", f"{self.variant}, lam {self.lam:g}, beta {self.beta:g}"),
             ("arithmetic", f"{self.arithmetic}, {self.coupling} coupling"),
             ("engine", self.engine),
-            ("adapters", "none" if self.rank is None else f"rank {self.rank}"),
+            ("adapters", "none" if self.rank is None else ", ".join([f"{active} (rank {self.rank})", *others])),
             ("trainable", f"{self.trainable_parameters:,} of {self.all_parameters:,} parameters"),
         ]
         for stack in self.stacks:
@@ -105,6 +109,7 @@ def describe(model: nn.Module) -> Description:
         lam=lam,
         beta=beta,
         rank=config.rank if config.adapters == "all" else None,
+        adapters=(state.active, *state.inactive) if config.adapters == "all" else (),
         trainable_parameters=trainable,
         all_parameters=total,
         stacks=tuple(_describe_stack(stack, base.dtype.itemsize) for stack in state.stacks),

@@ -28,7 +28,7 @@ from .layer import PatchedLayer, cached_tensors, caches_in, differentiable, with
 from .replay import draw_seed, seeded
 from .reversible import Enter, Exit, Reversible
 from .step import Step
-from .tape import Observer, Tape
+from .tape import Counts, Observer, Tape
 from .targets import LayerList
 from .variants import make_plan
 
@@ -72,6 +72,7 @@ class ReversibleStack:
         self.bypassed = False
         """Whether calls go to the pretrained layers as they were, adapters left out."""
         self.observer: Observer | None = None
+        self.counts = Counts()
         self.max_bits = MAX_CALIBRATED_BITS
         """Calibration goes no finer; lowered when streams overflowed what it had chosen."""
         self._local = threading.local()
@@ -219,7 +220,11 @@ class ReversibleStack:
             readout=self.plan.readout,
             seed=draw_seed() if torch.is_grad_enabled() or self._trains_anywhere() else None,
             observer=self.observer,
+            counts=self.counts,
         )
+        if torch.is_grad_enabled():
+            self.counts.last_tokens = hidden_states.shape[:-1].numel()
+            self.counts.tokens += self.counts.last_tokens
         other, main = Enter.apply(hidden_states, tape)
         self._local.current = current = _Pass(tape, self.first, other, main, main, None)
         return current

@@ -25,6 +25,18 @@ class Observer(Protocol):
 
 
 @dataclass
+class Counts:
+    """What a stack's passes amounted to since the model was patched; for reports."""
+
+    tokens: int = 0
+    """Tokens that entered with gradients recorded, padding among them."""
+    last_tokens: int = 0
+    """Of the last such pass."""
+    checked: int = 0
+    """Backward passes in which every rebuilt stream was compared with the forward's and found equal."""
+
+
+@dataclass
 class Tape:
     """The two streams of one forward pass, and what its backward must hold them against."""
 
@@ -42,6 +54,8 @@ class Tape:
     position: int = 0
     """How many layers the streams have passed; -1 once the tape cannot be used any more."""
     observer: Observer | None = None
+    counts: Counts = field(default_factory=Counts)
+    """Of the stack that this pass runs through."""
     statuses: list[tuple[str, torch.Tensor]] = field(default_factory=list)
     """For every lane moved so far: where, and the status that the coupling reported."""
     comparisons: list[tuple[str, torch.Tensor]] = field(default_factory=list)
@@ -59,6 +73,7 @@ class Tape:
         readout: tuple[float, float],
         seed: int | None,
         observer: Observer | None,
+        counts: Counts,
     ) -> Tape:
         """Both streams set to the hidden states that enter the stack."""
         with torch.no_grad():
@@ -74,6 +89,7 @@ class Tape:
                 x1.clone(),
                 (checksum, checksum),
                 observer=observer,
+                counts=counts,
             )
         tape.statuses.append(("the hidden states that enter the reversible layers", status))
         return tape
@@ -145,3 +161,4 @@ class Tape:
                     "forward and backward; a module that keeps state between calls. meft_kernels.verify(model, "
                     "batch) tells whether it persists."
                 )
+        self.counts.checked += 1

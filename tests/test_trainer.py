@@ -246,3 +246,30 @@ def test_push_to_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "out" / "README.md").write_text("mine")
     model.save_pretrained(tmp_path / "out")
     assert (tmp_path / "out" / "README.md").read_text() == "mine"
+
+
+def test_callback(tmp_path: Path) -> None:
+    model = make(tiny_llama)
+    batch = collate(examples(model)[:2])
+    trainer = trainer_for(model, tmp_path, meft_kernels.MeftCallback(verify_batch=batch), logging_steps=2)
+    trainer.train()
+    logged = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert [entry["meft_checked_passes"] for entry in logged] == [2, 4, 6]
+    assert all(entry["meft_tokens_per_second"] > 0 for entry in logged)
+    width = max(len(row["input_ids"]) for row in trainer.train_dataset)
+    stack = meft_kernels.describe(model).stacks[0]
+    assert {entry["meft_kept_bytes"] % round(stack.bytes_per_token) for entry in logged} == {0}
+    assert 4 * 3 * stack.bytes_per_token <= logged[-1]["meft_kept_bytes"] <= 4 * width * stack.bytes_per_token
+
+
+def test_callback_without_what_it_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(PatchError, match="not patched"):
+        trainer_for(tiny_llama(), tmp_path, meft_kernels.MeftCallback()).train()
+    model = make(tiny_llama)
+    inner = model.model.layers[1].mlp
+    forward = inner.forward
+    drifting = iter(range(1000))
+    monkeypatch.setattr(inner, "forward", lambda x: forward(x) + next(drifting))
+    callback = meft_kernels.MeftCallback(verify_batch=collate(examples(model)[:2]))
+    with pytest.raises(meft_kernels.NotRepeatableError, match="not exact on verify_batch, first at"):
+        trainer_for(model, tmp_path, callback).train()

@@ -1,0 +1,130 @@
+"""``AutoMeftModel`` and its siblings: a fine-tuned model from its adapter's folder alone."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, ClassVar
+
+import huggingface_hub
+import transformers
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from transformers import PreTrainedModel
+
+from .checkpoint.files import CONFIG_NAME, WEIGHTS_NAME
+from .checkpoint.load import load_adapter, read_description
+from .errors import AdapterFileError
+
+_HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token")
+"""Arguments of ``from_pretrained`` that the adapter's download takes as well as the base model's."""
+
+
+class AutoMeftModel:
+    """Loads the base model that an adapter names, as the class it was trained as, and the adapter into it.
+
+    The siblings (``AutoMeftModelForCausalLM`` and so on) load it through transformers' auto class of the same task.
+    """
+
+    _auto_class: ClassVar[Any] = None
+
+    def __init__(self) -> None:
+        raise TypeError(f"{type(self).__name__} is not constructed: use {type(self).__name__}.from_pretrained(...)")
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        adapter: str | os.PathLike[str],
+        *,
+        base_model: str | os.PathLike[str] | None = None,
+        revision: str | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """The patched model with its adapter, in eval mode.
+
+        Args:
+            adapter: a folder written by ``save_adapter``, a ``Trainer``'s checkpoint of a patched model, or a hub id.
+            base_model: hub id or folder of the base model, where it is no longer the one that the adapter names.
+            revision: of the adapter on the hub. That of the base model goes into ``base_model_revision``.
+            **kwargs: for the base model's ``from_pretrained``: ``dtype``, ``device_map``, ``quantization_config``, ...
+
+        Returns:
+            The transformers model, patched; train on, ``generate``, ``save_adapter``.
+
+        Raises:
+            AdapterFileError: no such adapter, a damaged one, or one that does not say what it belongs to.
+            OSError: the base model is not found (from transformers).
+        """
+        folder = _fetch(adapter, revision, {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs})
+        description = read_description(folder)
+        source = os.fspath(base_model) if base_model is not None else description["base_model_name_or_path"]
+        if not source:
+            raise AdapterFileError(
+                f"{folder / CONFIG_NAME} does not name the base model: pass base_model=, or load it yourself and call "
+                "meft_kernels.load_adapter(model, folder)"
+            )
+        labels = description.get("labels")
+        if labels is not None:
+            names = {int(index): name for index, name in labels["id2label"].items()}
+            kwargs.setdefault("id2label", names)
+            kwargs.setdefault("label2id", {name: index for index, name in names.items()})
+            if labels.get("problem_type") is not None:
+                kwargs.setdefault("problem_type", labels["problem_type"])
+        if "base_model_revision" in kwargs:
+            kwargs["revision"] = kwargs.pop("base_model_revision")
+        model_class = cls._auto_class or _class_named(description["base_model_class"], folder)
+        return load_adapter(model_class.from_pretrained(source, **kwargs), folder)
+
+
+class AutoMeftModelForCausalLM(AutoMeftModel):
+    """:class:`AutoMeftModel` through ``AutoModelForCausalLM``."""
+
+    _auto_class = transformers.AutoModelForCausalLM
+
+
+class AutoMeftModelForSeq2SeqLM(AutoMeftModel):
+    """:class:`AutoMeftModel` through ``AutoModelForSeq2SeqLM``."""
+
+    _auto_class = transformers.AutoModelForSeq2SeqLM
+
+
+class AutoMeftModelForSequenceClassification(AutoMeftModel):
+    """:class:`AutoMeftModel` through ``AutoModelForSequenceClassification``."""
+
+    _auto_class = transformers.AutoModelForSequenceClassification
+
+
+class AutoMeftModelForTokenClassification(AutoMeftModel):
+    """:class:`AutoMeftModel` through ``AutoModelForTokenClassification``."""
+
+    _auto_class = transformers.AutoModelForTokenClassification
+
+
+class AutoMeftModelForQuestionAnswering(AutoMeftModel):
+    """:class:`AutoMeftModel` through ``AutoModelForQuestionAnswering``."""
+
+    _auto_class = transformers.AutoModelForQuestionAnswering
+
+
+def _fetch(adapter: str | os.PathLike[str], revision: str | None, options: dict[str, Any]) -> Path:
+    folder = Path(adapter)
+    if folder.is_dir():
+        return folder
+    name = os.fspath(adapter)
+    try:
+        found = huggingface_hub.snapshot_download(
+            name, revision=revision, allow_patterns=[CONFIG_NAME, WEIGHTS_NAME], **options
+        )
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise AdapterFileError(f"there is no folder {name!r}, and as a hub id it was not found: {error}") from error
+    return Path(found)
+
+
+def _class_named(name: str, folder: Path) -> Any:
+    """A model class of transformers; never anything else that the file may name."""
+    found = getattr(transformers, name, None) if name.isidentifier() else None
+    if not (isinstance(found, type) and issubclass(found, PreTrainedModel)):
+        raise AdapterFileError(
+            f"{folder / CONFIG_NAME} names the model class {name!r}, which transformers {transformers.__version__} "
+            "does not have: load the base model yourself and call meft_kernels.load_adapter(model, folder)"
+        )
+    return found
