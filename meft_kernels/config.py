@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -36,6 +37,16 @@ _PAPER_COEFFICIENTS = {"meft1": (0.1, 1.0), "meft2": (1.0, 0.1), "meft3": (0.1, 
 _CENTERED_COEFFICIENTS = {"meft1": (-1 / 256, 1.0), "meft2": (1.0, -1 / 256), "meft3": (-1 / 64, -1 / 64)}
 # Float streams keep no remainder, and their inverse amplifies rounding by 1/coefficient in each layer.
 _CENTERED_FLOAT_COEFFICIENTS = {"meft1": (-1 / 8, 1.0), "meft2": (1.0, -1 / 8), "meft3": (-1 / 8, -1 / 8)}
+
+
+def _is_number(value: Any) -> bool:
+    """Whether it is a number that a float can hold; JSON has integers without end, NaN and Infinity."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:
+        return False
 
 
 def _option(default: Any, text: str) -> Any:
@@ -91,6 +102,11 @@ class MeftConfig:
             raise ValueError(f"modules_to_save is a tuple of names; for one write ({self.modules_to_save!r},)")
         if isinstance(self.modules_to_save, list):  # from JSON
             object.__setattr__(self, "modules_to_save", tuple(self.modules_to_save))
+        names = () if self.modules_to_save is None else self.modules_to_save
+        if not isinstance(names, tuple) or not all(isinstance(name, str) and name for name in names):
+            raise ValueError(f"modules_to_save is a tuple of modules' names, not {self.modules_to_save!r}")
+        if not isinstance(self.activation, str | None):
+            raise ValueError(f"activation is the name of one, not {self.activation!r}")
         self._check_integer("rank", 1)
         self._check_integer("frozen_layers", 0)
         if self.reversible_layers is not None:
@@ -101,13 +117,13 @@ class MeftConfig:
                 raise ValueError(f"fraction_bits must be in [0, {MAX_FRACTION_BITS}], got {self.fraction_bits}")
             if self.arithmetic == "float":
                 raise ValueError("fraction_bits belongs to arithmetic='exact'")
-        if self.dropout is not None and not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
+        if self.dropout is not None and not (_is_number(self.dropout) and 0 <= self.dropout < 1):
+            raise ValueError(f"dropout must be in [0, 1), got {self.dropout!r}")
         for name in ("down_init_std", "up_init_std"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise ValueError(f"{name} must be finite and not negative, got {getattr(self, name)}")
+            if not (_is_number(getattr(self, name)) and getattr(self, name) >= 0):
+                raise ValueError(f"{name} must be finite and not negative, got {getattr(self, name)!r}")
         for name, coefficient in zip(("lam", "beta"), self.coefficients, strict=True):
-            if not isinstance(coefficient, int | float) or not 0 < abs(coefficient) < float("inf"):
+            if not _is_number(coefficient) or coefficient == 0:
                 raise ValueError(f"{name} must be a finite number other than 0, got {coefficient!r}")
             if self.arithmetic == "exact":
                 try:

@@ -83,9 +83,7 @@ def fingerprint(base: Any, trained: Iterable[str]) -> dict[str, list[float]]:
 def is_fingerprint(value: Any) -> bool:
     """Whether a value read from a file is what :func:`fingerprint` gives."""
     return isinstance(value, dict) and all(
-        isinstance(samples, list)
-        and len(samples) == SAMPLES
-        and all(isinstance(sample, int | float) and not isinstance(sample, bool) for sample in samples)
+        isinstance(samples, list) and len(samples) == SAMPLES and all(isinstance(sample, float) for sample in samples)
         for samples in value.values()
     )
 

@@ -70,11 +70,25 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
     """The tensors of a safetensors file by the keys that :func:`saved_names` gives.
 
     Raises:
+        AdapterFileError: see :func:`read_shapes`.
+    """
+    found: dict[str, torch.Tensor] = _read(path, lambda file, key: file.get_tensor(key))
+    return found
+
+
+def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """The same tensors' shapes, which the file's head holds.
+
+    Raises:
         AdapterFileError: no file, or damaged, or of another format (a pickle is never opened).
     """
+    return _read(path, lambda file, key: tuple(file.get_slice(key).get_shape()))
+
+
+def _read(path: Path, get: Callable[[Any, str], Any]) -> dict[str, Any]:
     try:
         with safe_open(path, framework="pt") as file:
-            return {_key(key): file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
+            return {_key(key): get(file, key) for key in file.keys()}  # noqa: SIM118 - not a dict
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
         raise AdapterFileError(f"{path.parent} holds no {path.name}") from None
     except (SafetensorError, ValueError, OSError, RuntimeError, TypeError, KeyError) as error:

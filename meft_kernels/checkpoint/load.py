@@ -13,12 +13,14 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ..config import MeftConfig
 from ..errors import AdapterFileError, PatchError
+from ..layer import ADAPTERS
 from ..patching import Model, check_same_settings, patch, unpatch
 from ..state import DEFAULT_ADAPTER, PatchState, find_state, require_state, unwrap
 from ..switching import ADAPTER_SETTINGS, activated, add_slot, delete_adapter
 from .base_model import check_base, is_fingerprint
-from .files import CONFIG_NAME, FORMAT, WEIGHTS_NAME, is_extra_state, read_json, read_tensors, saved_names
+from .files import CONFIG_NAME, FORMAT, WEIGHTS_NAME, is_extra_state, read_json, read_shapes, read_tensors, saved_names
 
+_DOWN = f".{ADAPTERS}.ffn.down.weight"
 _RUN_SETTINGS = ("engine", "impl", "reversible_layers")
 """Settings that change how the numbers are computed and not which; they are not taken from a file."""
 _START_SETTINGS = ("down_init_std", "up_init_std")
@@ -54,10 +56,15 @@ def load_adapter(model: Model, directory: str | os.PathLike[str], adapter_name: 
         config = MeftConfig.from_dict(description["config"])
     except (TypeError, ValueError) as error:
         raise AdapterFileError(f"{folder / CONFIG_NAME}: {error}") from error
+    _check_rank(folder, config)
     state = find_state(model)
     if state is None:
         # How this process runs the model is its own business: Triton's adapters load without Triton.
-        patch(model, _with_own(config, MeftConfig(variant=config.variant, coupling=config.coupling), _RUN_SETTINGS))
+        here = MeftConfig(variant=config.variant, coupling=config.coupling, arithmetic=config.arithmetic)
+        try:
+            patch(model, _with_own(config, here, _RUN_SETTINGS))
+        except ValueError as error:
+            raise AdapterFileError(f"{folder / CONFIG_NAME}: {error}") from error
         try:
             state = require_state(model)
             state.active = adapter_name or DEFAULT_ADAPTER
@@ -115,6 +122,20 @@ def read_description(folder: Path) -> dict[str, Any]:
     return description
 
 
+def _check_rank(folder: Path, config: MeftConfig) -> None:
+    """Before memory is taken for adapters of whatever rank the settings name."""
+    if config.adapters == "none":
+        raise AdapterFileError(f"{folder / CONFIG_NAME} says adapters='none': there is nothing to load")
+    ranks = {
+        shape[0] for key, shape in read_shapes(folder / WEIGHTS_NAME).items() if key.endswith(_DOWN) and len(shape) == 2
+    }
+    if ranks != {config.rank}:
+        raise AdapterFileError(
+            f"{folder / CONFIG_NAME} says rank {config.rank}, {WEIGHTS_NAME} holds adapters of rank "
+            f"{', '.join(map(str, sorted(ranks))) or 'none'}"
+        )
+
+
 def _with_own(config: MeftConfig, here: MeftConfig, own: tuple[str, ...]) -> MeftConfig:
     """The file's settings, with those named taken from the model that is here."""
     if here.coefficients == config.coefficients:
@@ -145,6 +166,8 @@ def _load_weights(base: nn.Module, state: PatchState, folder: Path) -> None:
             )
         elif found[key].is_floating_point() != targets[name].is_floating_point():
             raise AdapterFileError(f"{path}: {key} is {found[key].dtype}, the model's {targets[name].dtype}")
+        elif not torch.isfinite(found[key].float()).all():
+            raise AdapterFileError(f"{path}: {key} holds NaN or infinity")
     with torch.no_grad():
         for key, name in names.items():
             if is_extra_state(key):

@@ -34,7 +34,7 @@ def reciprocal(coefficient: float) -> tuple[int, int]:
             f"exact arithmetic needs a coefficient of +-1/q with an integer q >= 1, got {coefficient}: {nearest}"
         )
     sign = 1 if coefficient > 0 else -1
-    q = min(round(1 / abs(coefficient)), _MAX_Q)
+    q = round(min(1 / abs(coefficient), _MAX_Q))  # 1 / 1e-320 is infinity
     # A user writes 0.1 or 1/3: accept what double rounding of 1/q allows, nothing more.
     if abs(coefficient * q - sign) > 1e-9:
         q = min((q, q + 1), key=lambda near: abs(1 / near - abs(coefficient)))  # 0.7 lies nearer 1/2 than 1
