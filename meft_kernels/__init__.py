@@ -1,5 +1,7 @@
 """Reversible fine-tuning of pretrained transformers: no activations kept, gradients exact at any depth."""
 
+from typing import TYPE_CHECKING, Any
+
 from . import ops
 from .architectures import ArchitectureSpec, LayerSpec, register_architecture, supported_model_types
 from .auto import (
@@ -10,7 +12,6 @@ from .auto import (
     AutoMeftModelForSequenceClassification,
     AutoMeftModelForTokenClassification,
 )
-from .callback import MeftCallback
 from .checkpoint.load import load_adapter
 from .checkpoint.save import save_adapter
 from .config import MeftConfig
@@ -28,6 +29,9 @@ from .errors import (
 from .patching import patch, unpatch
 from .switching import adapter_names, add_adapter, delete_adapter, disable_adapter, set_adapter
 from .verify import VerifyReport, calibrate, verify
+
+if TYPE_CHECKING:
+    from .callback import MeftCallback
 
 __all__ = [
     "AdapterFileError",
@@ -67,3 +71,11 @@ __all__ = [
     "unpatch",
     "verify",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "MeftCallback":  # with it comes transformers' Trainer, which takes a second to import
+        from .callback import MeftCallback
+
+        return MeftCallback
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

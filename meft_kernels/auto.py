@@ -9,7 +9,6 @@ from typing import Any, ClassVar
 import huggingface_hub
 import transformers
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from transformers import PreTrainedModel
 
 from .checkpoint.files import CONFIG_NAME, WEIGHTS_NAME
 from .checkpoint.load import load_adapter, read_description
@@ -25,7 +24,8 @@ class AutoMeftModel:
     The siblings (``AutoMeftModelForCausalLM`` and so on) load it through transformers' auto class of the same task.
     """
 
-    _auto_class: ClassVar[Any] = None
+    # By name: importing transformers' auto classes takes two seconds, which `import meft_kernels` need not.
+    _auto_class: ClassVar[str | None] = None
 
     def __init__(self) -> None:
         raise TypeError(f"{type(self).__name__} is not constructed: use {type(self).__name__}.from_pretrained(...)")
@@ -71,38 +71,41 @@ class AutoMeftModel:
                 kwargs.setdefault("problem_type", labels["problem_type"])
         if "base_model_revision" in kwargs:
             kwargs["revision"] = kwargs.pop("base_model_revision")
-        model_class = cls._auto_class or _class_named(description["base_model_class"], folder)
+        if cls._auto_class is not None:
+            model_class = getattr(transformers, cls._auto_class)
+        else:
+            model_class = _class_named(description["base_model_class"], folder)
         return load_adapter(model_class.from_pretrained(source, **kwargs), folder)
 
 
 class AutoMeftModelForCausalLM(AutoMeftModel):
     """:class:`AutoMeftModel` through ``AutoModelForCausalLM``."""
 
-    _auto_class = transformers.AutoModelForCausalLM
+    _auto_class = "AutoModelForCausalLM"
 
 
 class AutoMeftModelForSeq2SeqLM(AutoMeftModel):
     """:class:`AutoMeftModel` through ``AutoModelForSeq2SeqLM``."""
 
-    _auto_class = transformers.AutoModelForSeq2SeqLM
+    _auto_class = "AutoModelForSeq2SeqLM"
 
 
 class AutoMeftModelForSequenceClassification(AutoMeftModel):
     """:class:`AutoMeftModel` through ``AutoModelForSequenceClassification``."""
 
-    _auto_class = transformers.AutoModelForSequenceClassification
+    _auto_class = "AutoModelForSequenceClassification"
 
 
 class AutoMeftModelForTokenClassification(AutoMeftModel):
     """:class:`AutoMeftModel` through ``AutoModelForTokenClassification``."""
 
-    _auto_class = transformers.AutoModelForTokenClassification
+    _auto_class = "AutoModelForTokenClassification"
 
 
 class AutoMeftModelForQuestionAnswering(AutoMeftModel):
     """:class:`AutoMeftModel` through ``AutoModelForQuestionAnswering``."""
 
-    _auto_class = transformers.AutoModelForQuestionAnswering
+    _auto_class = "AutoModelForQuestionAnswering"
 
 
 def _fetch(adapter: str | os.PathLike[str], revision: str | None, options: dict[str, Any]) -> Path:
@@ -122,7 +125,7 @@ def _fetch(adapter: str | os.PathLike[str], revision: str | None, options: dict[
 def _class_named(name: str, folder: Path) -> Any:
     """A model class of transformers; never anything else that the file may name."""
     found = getattr(transformers, name, None) if name.isidentifier() else None
-    if not (isinstance(found, type) and issubclass(found, PreTrainedModel)):
+    if not (isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)):
         raise AdapterFileError(
             f"{folder / CONFIG_NAME} names the model class {name!r}, which transformers {transformers.__version__} "
             "does not have: load the base model yourself and call meft_kernels.load_adapter(model, folder)"
