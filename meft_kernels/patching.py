@@ -10,8 +10,9 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from .activation_checkpointing import CheckpointingBinding
 from .adapters import Adapter, FfnTap
-from .checkpoint.binding import CheckpointBinding
+from .checkpoint.binding import SavingBinding
 from .config import MeftConfig
 from .errors import PatchError
 from .insertion import make_adapters
@@ -75,8 +76,9 @@ def patch(model: Model, config: MeftConfig | None = None, **overrides: Any) -> M
         base.get_submodule(name).requires_grad_(True)
     stacks = [_bind(target, made, config) for target, made in zip(lists, adapters, strict=True)]
     state = PatchState(config, stacks, trained, required_grad)
+    state.bindings.append(CheckpointingBinding(base, stacks))
     if config.adapters == "all":
-        state.saving = CheckpointBinding(base)
+        state.bindings.append(SavingBinding(base))
     object.__setattr__(base, STATE, state)
     trainable, total = count_parameters(base)
     logger.info(
@@ -137,8 +139,8 @@ def unpatch(model: Model) -> Model:
         for layer in stack.layers:
             layer.module._modules.pop(ADAPTERS, None)
         stack.remove()
-    if state.saving is not None:
-        state.saving.remove(base)
+    for binding in state.bindings:
+        binding.remove(base)
     for name, parameter in base.named_parameters():
         parameter.requires_grad_(state.required_grad.get(name, parameter.requires_grad))
         if not parameter.requires_grad:

@@ -53,8 +53,8 @@ class PatchState:
     """Name of the adapter that is in the model."""
     inactive: dict[str, AdapterSlot] = field(default_factory=dict)
     """The others, by name."""
-    saving: Binding | None = None
-    """What was bound on the model for its checkpoints."""
+    bindings: list[Binding] = field(default_factory=list)
+    """What was bound on the model besides its layers' forwards."""
 
 
 def unwrap(model: Any) -> Any:

@@ -231,13 +231,17 @@ def test_push_to_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(huggingface_hub, "HfApi", Api)
     model = make(tiny_llama)
-    model.save_pretrained(tmp_path / "out", push_to_hub=True, repo_id="mine", token="t")
-    assert calls == {
+    expected = {
         "token": "t",
         "repo": "mine",
         "upload": "me/mine",
         "files": ["README.md", "adapter_config.json", "adapter_model.safetensors"],
     }
+    model.save_pretrained(tmp_path / "out", push_to_hub=True, repo_id="mine", token="t")
+    assert calls == expected
+    calls.clear()
+    model.push_to_hub("mine", token="t", max_shard_size="1GB")
+    assert calls == expected
     card = (tmp_path / "out" / "README.md").read_text()
     assert card.startswith("---\n")
     assert "library_name: meft_kernels" in card

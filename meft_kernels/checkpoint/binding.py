@@ -1,35 +1,125 @@
-"""What of a model's own saving and loading is another while it is patched: checkpoints hold the adapter alone."""
+"""A patched model's own ``save_pretrained``, ``push_to_hub`` and ``load_state_dict``: they deal in adapters alone."""
 
 from __future__ import annotations
 
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+import huggingface_hub
+import torch
+import torch.distributed as dist
 from torch import nn
 from torch.utils.hooks import RemovableHandle
+from transformers.utils import SAFE_WEIGHTS_NAME
 
 from ..errors import PatchError
 from ..state import find_state
-from .files import saved_names
-from .save import SavePretrained
+from .files import CARD_NAME, CONFIG_NAME, WEIGHTS_NAME, saved_names, write_whole
+from .save import save_adapter, writes
 
 
-class CheckpointBinding:
-    """Binds ``save_pretrained`` on the model, and lets ``load_state_dict`` take a state without the backbone."""
+class SavePretrained:
+    """Stands in for a patched model's ``save_pretrained``: writes the adapter, not the backbone.
+
+    A ``transformers.Trainer`` calls it for its checkpoints. What its own loader looks for, when it resumes or takes the
+    best checkpoint, is ``model.safetensors``: here another name of the adapter's file.
+    """
 
     def __init__(self, model: nn.Module) -> None:
-        self._saves = hasattr(model, "save_pretrained")
-        self._before = vars(model).get("save_pretrained")
-        if self._saves:
-            model.save_pretrained = SavePretrained(model)  # type: ignore[assignment]
+        self.model = model
+
+    def __call__(
+        self,
+        save_directory: str | os.PathLike[str],
+        is_main_process: bool = True,
+        state_dict: Mapping[str, torch.Tensor] | None = None,
+        push_to_hub: bool = False,
+        repo_id: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """See :func:`~meft_kernels.save_adapter`, and transformers' own for the arguments.
+
+        Those about how a whole model is cut into files mean nothing here.
+        """
+        if not is_main_process and not (dist.is_available() and dist.is_initialized()):
+            return
+        save_adapter(self.model, save_directory, state_dict=state_dict)
+        if not is_main_process or not writes():
+            return
+        folder = Path(save_directory)
+        write_whole(folder / SAFE_WEIGHTS_NAME, lambda path: _link(folder / WEIGHTS_NAME, path))
+        if push_to_hub:
+            _upload(folder, repo_id or folder.name, **kwargs)
+
+
+class PushToHub:
+    """Stands in for a patched model's ``push_to_hub``: uploads the adapter and its card."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def __call__(self, repo_id: str, **kwargs: Any) -> Any:
+        """See ``PreTrainedModel.push_to_hub``; what it says of shards means nothing here."""
+        with tempfile.TemporaryDirectory() as folder:
+            save_adapter(self.model, folder)
+            return _upload(Path(folder), repo_id, **kwargs) if writes() else None
+
+
+class SavingBinding:
+    """Binds these on the model, and lets ``load_state_dict`` take a state without the backbone."""
+
+    def __init__(self, model: nn.Module) -> None:
+        ours = {"save_pretrained": SavePretrained(model), "push_to_hub": PushToHub(model)}
+        self._before = {name: vars(model).get(name) for name in ours if hasattr(model, name)}
+        for name in self._before:
+            setattr(model, name, ours[name])
         self._handle: RemovableHandle = model.register_load_state_dict_post_hook(_allow_adapter_alone)
 
     def remove(self, model: nn.Module) -> None:
         """Give the model its own back."""
         self._handle.remove()
-        if self._before is not None:
-            model.save_pretrained = self._before
-        elif self._saves:
-            del model.save_pretrained
+        for name, before in self._before.items():
+            if before is None:
+                delattr(model, name)
+            else:
+                setattr(model, name, before)
+
+
+def _upload(
+    folder: Path,
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    token: str | bool | None = None,
+    commit_message: str | None = None,
+    commit_description: str | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    **_: Any,
+) -> Any:
+    api = huggingface_hub.HfApi(token=token)
+    made = api.create_repo(repo_id, private=private, exist_ok=True)
+    return api.upload_folder(
+        repo_id=made.repo_id,
+        folder_path=folder,
+        commit_message=commit_message or "Upload adapter",
+        commit_description=commit_description,
+        revision=revision,
+        create_pr=create_pr,
+        allow_patterns=[WEIGHTS_NAME, CONFIG_NAME, CARD_NAME],
+    )
+
+
+def _link(target: Path, path: Path) -> None:
+    """The same file under another name, or a copy where the file system cannot do that."""
+    try:
+        os.link(target, path)
+    except OSError:
+        shutil.copyfile(target, path)
 
 
 def _allow_adapter_alone(model: nn.Module, incompatible_keys: Any) -> None:

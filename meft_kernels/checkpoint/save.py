@@ -1,4 +1,4 @@
-"""``save_adapter``, and ``save_pretrained`` of a patched model."""
+"""``save_adapter``."""
 
 from __future__ import annotations
 
@@ -6,19 +6,16 @@ import dataclasses
 import json
 import logging
 import os
-import shutil
 from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.tensor import DTensor
-from transformers.utils import SAFE_WEIGHTS_NAME
 
 from ..errors import PatchError
 from ..state import require_state, unwrap
@@ -77,7 +74,7 @@ def save_adapter(
             "labels": describe_labels(base),
             "base_fingerprint": fingerprint(base, names.values()),
         }
-    if dist.is_available() and dist.is_initialized() and dist.get_rank() != 0:
+    if not writes():
         return
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
@@ -90,57 +87,9 @@ def save_adapter(
     write_whole(folder / CONFIG_NAME, lambda path: path.write_text(text, encoding="utf-8"))
 
 
-class SavePretrained:
-    """Stands in for a patched model's ``save_pretrained``: writes the adapter, not the backbone.
-
-    A ``transformers.Trainer`` calls it for its checkpoints. What its own loader looks for, when it resumes or takes the
-    best checkpoint, is ``model.safetensors``: here another name of the adapter's file.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-
-    def __call__(
-        self,
-        save_directory: str | os.PathLike[str],
-        is_main_process: bool = True,
-        state_dict: Mapping[str, torch.Tensor] | None = None,
-        push_to_hub: bool = False,
-        **kwargs: Any,
-    ) -> None:
-        """See :func:`save_adapter`, and ``PreTrainedModel.save_pretrained`` for the arguments.
-
-        Those about how a whole model is cut into files mean nothing here.
-        """
-        if not is_main_process and not (dist.is_available() and dist.is_initialized()):
-            return
-        save_adapter(self.model, save_directory, state_dict=state_dict)
-        if not is_main_process or (dist.is_available() and dist.is_initialized() and dist.get_rank() != 0):
-            return
-        folder = Path(save_directory)
-        write_whole(folder / SAFE_WEIGHTS_NAME, lambda path: _link(folder / WEIGHTS_NAME, path))
-        if push_to_hub:
-            self._upload(folder, **kwargs)
-
-    @staticmethod
-    def _upload(
-        folder: Path,
-        repo_id: str | None = None,
-        private: bool | None = None,
-        token: str | bool | None = None,
-        commit_message: str | None = None,
-        **_: Any,
-    ) -> None:
-        import huggingface_hub
-
-        api = huggingface_hub.HfApi(token=token)
-        made = api.create_repo(repo_id or folder.name, private=private, exist_ok=True)
-        api.upload_folder(
-            repo_id=made.repo_id,
-            folder_path=folder,
-            commit_message=commit_message or "Upload adapter",
-            allow_patterns=[WEIGHTS_NAME, CONFIG_NAME, CARD_NAME],
-        )
+def writes() -> bool:
+    """Whether this process is the one that writes files."""
+    return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
 
 
 def library_version() -> str:
@@ -149,14 +98,6 @@ def library_version() -> str:
         return version("meft_kernels")
     except PackageNotFoundError:
         return "unknown"
-
-
-def _link(target: Path, path: Path) -> None:
-    """The same file under another name, or a copy where the file system cannot do that."""
-    try:
-        os.link(target, path)
-    except OSError:
-        shutil.copyfile(target, path)
 
 
 def _whole(tensor: torch.Tensor) -> torch.Tensor:
