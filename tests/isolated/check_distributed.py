@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 import meft_kernels
 from meft_kernels.state import require_state
 from tests.architectures.zoo import batch_for, tiny
-from tests.models import TRAINABLE_START, worst_error
+from tests.models import TRAINABLE_START, minilm, minilm_batch, relative_error, worst_error
 
 WRAPPERS: dict[str, Any] = {
     "ddp": DistributedDataParallel,
@@ -35,9 +35,12 @@ def fsdp2(model: Any) -> Any:
 
 
 def make(family: str) -> Any:
-    model = tiny(family)
+    """Without dropout, which the two halves of a batch would draw otherwise than the whole."""
+    dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    model = minilm(**dropout) if family == "minilm" else tiny(family)
     torch.manual_seed(5)
-    return meft_kernels.patch(model, fraction_bits=16, **TRAINABLE_START).train()
+    # As calibration would choose, and the same everywhere: rounding to coarser steps would show beside 1e-6.
+    return meft_kernels.patch(model, fraction_bits=22, **TRAINABLE_START).train()
 
 
 def gradients_of(model: Any) -> dict[str, torch.Tensor]:
@@ -48,7 +51,7 @@ def main(family: str, engine: str) -> None:
     dist.init_process_group("gloo")
     rank = dist.get_rank()
     whole = make(family)
-    batch = batch_for(whole, rows=4, tokens=8)
+    batch = minilm_batch(4) if family == "minilm" else batch_for(whole, rows=4, tokens=8)
     batch["attention_mask"].fill_(1)
     if batch["labels"].dim() == 2:  # as many labels in each half, so that the mean of the halves is that of the whole
         batch["labels"] = batch["labels"].masked_fill(batch["labels"] < 0, 3)
@@ -80,7 +83,9 @@ def main(family: str, engine: str) -> None:
     if engine == "fsdp2":
         found = {name: gradient.full_tensor() for name, gradient in found.items()}
     if rank == 0:
-        error = worst_error(found, expected)
+        # In MiniLM the halves' gradients of some biases cancel but for a tenth, and with them the digits, patched or not
+        # (1e-5 of the bias itself): there, the error of all parameters together.
+        error = (relative_error if family == "minilm" else worst_error)(found, expected)
         times = 2 if engine == "ddp_no_sync" else 1
         assert error <= 1e-6 * (10 if engine == "ddp_no_sync" else 1), error
         if engine != "fsdp2":  # which registers its own parameters in the place of those watched here
