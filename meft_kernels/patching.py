@@ -10,7 +10,6 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from .activation_checkpointing import CheckpointingBinding
 from .adapters import Adapter, FfnTap
 from .checkpoint.binding import SavingBinding
 from .config import MeftConfig
@@ -21,6 +20,7 @@ from .stack import ReversibleStack
 from .stack_state import StackState
 from .state import STATE, PatchState, count_parameters, find_state, require_state, unwrap
 from .targets import LayerList, check_trainable, find_layers, find_spec, is_peft, modules_to_train
+from .trainer_bindings import CheckpointingBinding, QuantisedBinding
 
 logger = logging.getLogger(__name__)
 
@@ -78,7 +78,7 @@ def patch(model: Model, config: MeftConfig | None = None, **overrides: Any) -> M
     state = PatchState(config, stacks, trained, required_grad)
     state.bindings.append(CheckpointingBinding(base, stacks))
     if config.adapters == "all":
-        state.bindings.append(SavingBinding(base))
+        state.bindings += [SavingBinding(base), QuantisedBinding(base)]
     object.__setattr__(base, STATE, state)
     trainable, total = count_parameters(base)
     logger.info(

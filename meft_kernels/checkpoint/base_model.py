@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+from torch import nn
 from torch.distributed.tensor import DTensor
 
 from ..errors import AdapterFileError
@@ -89,7 +90,8 @@ def is_fingerprint(value: Any) -> bool:
 
 
 def _sampled(tensor: torch.Tensor) -> bool:
-    return tensor.is_floating_point() and tensor.dim() >= 2 and tensor.numel() >= SAMPLES
+    plain = isinstance(tensor, DTensor) or type(tensor) in (torch.Tensor, nn.Parameter)  # a quantised one is neither
+    return plain and tensor.is_floating_point() and tensor.dim() >= 2 and tensor.numel() >= SAMPLES
 
 
 def _samples(tensor: torch.Tensor) -> list[float]:

@@ -1,4 +1,4 @@
-"""What asking a patched model for gradient checkpointing does: its reversible layers are left out."""
+"""What trainers ask of a model before they train it, as a patched one answers: checkpointing, quantised weights."""
 
 from __future__ import annotations
 
@@ -60,3 +60,22 @@ class CheckpointingBinding:
         """Give the model its own back."""
         if self._bound:
             delattr(model, _SWITCH)
+
+
+class QuantisedBinding:
+    """Has a quantised model count as one with adapters, which it is: ``Trainer`` refuses to train one without.
+
+    transformers knows PEFT's alone, by this attribute (``validate_quantization_for_training``).
+    """
+
+    _FLAG = "_hf_peft_config_loaded"
+
+    def __init__(self, model: nn.Module) -> None:
+        self._bound = bool(getattr(model, "is_quantized", False)) and not getattr(model, self._FLAG, False)
+        if self._bound:
+            setattr(model, self._FLAG, True)
+
+    def remove(self, model: nn.Module) -> None:
+        """Take the mark off."""
+        if self._bound:
+            delattr(model, self._FLAG)
