@@ -83,8 +83,8 @@ def main(family: str, engine: str) -> None:
     if engine == "fsdp2":
         found = {name: gradient.full_tensor() for name, gradient in found.items()}
     if rank == 0:
-        # In MiniLM the halves' gradients of some biases cancel but for a tenth, and with them digits, patched or not (1e-5
-        # of the bias itself): there, the error of all parameters together.
+        # In MiniLM the halves' gradients of some biases cancel but for a tenth, and with them go digits, patched or not
+        # (1e-5 of the bias itself): there, the error of all parameters together.
         error = (relative_error if family == "minilm" else worst_error)(found, expected)
         times = 2 if engine == "ddp_no_sync" else 1
         assert error <= 1e-6 * (10 if engine == "ddp_no_sync" else 1), error

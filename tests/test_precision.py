@@ -1,0 +1,128 @@
+"""Autocast, gradient scaling, half-precision models: the numbers of plain autograd, and inputs rebuilt bit for bit."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import meft_kernels
+
+from .architectures.zoo import batch_for, tiny
+from .models import TRAINABLE_START, VARIANTS, StreamWitness, worst_error
+
+FAMILIES = ["llama", "bert", "t5"]
+
+
+def patched(name: str, *, dtype: torch.dtype = torch.float32, **settings: Any) -> Any:
+    """In train mode, with dropout live in model and adapters."""
+    model = tiny(name).to(dtype)
+    torch.manual_seed(5)
+    return meft_kernels.patch(model, **{**TRAINABLE_START, "dropout": 0.1, "fraction_bits": 16, **settings}).train()
+
+
+def step(model: Any, autocast: torch.dtype | None = None) -> tuple[float, dict[str, torch.Tensor]]:
+    """Loss and gradients; backward runs outside of autocast, as users have it."""
+    torch.manual_seed(2)
+    with torch.autocast("cpu", dtype=autocast, enabled=autocast is not None):
+        loss = model(**batch_for(model)).loss
+    loss.backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return loss.item(), gradients
+
+
+def assert_engines_agree(
+    name: str, *, autocast: torch.dtype | None = None, scale: float = 1.0, **settings: Any
+) -> None:
+    """Both engines run the same layers on the same inputs, so that their gradients differ by the order of a few sums.
+
+    In half precision a gradient that two branches add up to is rounded once more or once less: a few times eps of the
+    dtype that gradients have.
+    """
+    model = patched(name, **settings)
+    witnesses = StreamWitness.on_every_stack(model)
+    loss, found = step(model, autocast)
+    for witness in witnesses:
+        witness.assert_exact(len(witness.before))
+        assert witness.before
+    expected_loss, expected = step(patched(name, engine="autograd", **settings), autocast)
+    assert loss == expected_loss
+    assert all(torch.isfinite(gradient).all() for gradient in found.values())
+    narrow = autocast or settings.get("dtype", torch.float32)
+    bound = 1e-5 if narrow == torch.float32 else 8 * torch.finfo(narrow).eps
+    assert worst_error(found, expected, floor=1e-3) <= bound
+
+
+@pytest.mark.parametrize("autocast", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_autocast(name: str, variant: str, autocast: torch.dtype) -> None:
+    assert_engines_agree(name, autocast=autocast, variant=variant)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("adapter_dtype", ["float32", "model"])
+@pytest.mark.parametrize("name", ["llama", "bert"])
+def test_half_precision_models(name: str, adapter_dtype: str, dtype: torch.dtype) -> None:
+    assert_engines_agree(name, dtype=dtype, adapter_dtype=adapter_dtype)
+    model = patched(name, dtype=dtype, adapter_dtype=adapter_dtype)
+    expected = torch.float32 if adapter_dtype == "float32" else dtype
+    assert {p.dtype for key, p in model.named_parameters() if ".meft." in key} == {expected}
+
+
+def test_autocast_of_a_bfloat16_model_and_autocast_inside_autocast() -> None:
+    assert_engines_agree("llama", autocast=torch.bfloat16, dtype=torch.bfloat16)
+    for engine in ("reversible", "autograd"):
+        model = patched("llama", engine=engine)
+        torch.manual_seed(2)
+        with torch.autocast("cpu", dtype=torch.bfloat16), torch.autocast("cpu", enabled=False):
+            inside = model(**batch_for(model)).loss
+        inside.backward()
+        assert inside.item() == step(patched("llama", engine=engine))[0]
+
+
+def test_eval_under_autocast_is_what_training_computes() -> None:
+    model = patched("llama", dropout=0.0).eval()
+    batch = batch_for(model)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        recorded = model(**batch).loss
+        with torch.no_grad():
+            assert model(**batch).loss.item() == recorded.item()
+        with torch.inference_mode():
+            assert model(**batch).loss.item() == recorded.item()
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_gradient_scaling(device: str) -> None:
+    """float16 autocast with a scaler: steps whose scaled gradients overflow are skipped, others are plain autograd's."""
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    ends = []
+    for engine in ("reversible", "autograd"):
+        model = patched("llama", engine=engine).to(device)
+        batch = {name: value.to(device) for name, value in batch_for(model).items()}
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.SGD(parameters, lr=0.1)
+        scaler = torch.amp.GradScaler(device, init_scale=2.0**26, growth_interval=2)
+        torch.manual_seed(2)
+        steps = []
+        for _ in range(16):
+            before = [p.detach().clone() for p in parameters]
+            with torch.autocast(device, dtype=torch.float16):
+                loss = model(**batch).loss
+            scaler.scale(loss).backward()
+            scaler.unscale_(optimizer)
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+            steps.append(any(not torch.equal(p, old) for p, old in zip(parameters, before, strict=True)))
+        ends.append((steps, scaler.get_scale(), [p.detach() for p in parameters]))
+    (steps, scale, found), (expected_steps, expected_scale, expected) = ends
+    assert steps == expected_steps
+    assert True in steps and False in steps
+    assert scale == expected_scale
+    for p, q in zip(found, expected, strict=True):
+        torch.testing.assert_close(p, q, rtol=16 * torch.finfo(torch.float16).eps, atol=1e-4)
