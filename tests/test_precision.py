@@ -96,7 +96,7 @@ def test_eval_under_autocast_is_what_training_computes() -> None:
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_gradient_scaling(device: str) -> None:
-    """float16 autocast with a scaler: steps whose scaled gradients overflow are skipped, others are plain autograd's."""
+    """float16 autocast with a scaler: steps whose gradients overflow are skipped, others are plain autograd's."""
     if device == "cuda" and not torch.cuda.is_available():
         pytest.skip("no GPU")
     ends = []
