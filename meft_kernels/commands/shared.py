@@ -53,6 +53,7 @@ def quiet() -> None:
 
 
 def to_dtype(name: str) -> torch.dtype:
+    """The dtype that ``--dtype`` names."""
     import torch
 
     known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

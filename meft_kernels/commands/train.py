@@ -44,8 +44,8 @@ def train(
 ) -> None:
     """Fine-tune a model on a file of texts, with Hugging Face's Trainer. Ctrl-C saves a checkpoint and stops.
 
-    Plain columns: text and label (classification); text, prompt and completion, or messages (causal-lm). Everything else
-    can be said in --config; what is said here wins.
+    Plain columns: text and label (classification); text, prompt and completion, or messages (causal-lm). Everything
+    else can be said in --config; what is said here wins.
     """
     with user_errors():
         if resume and overwrite:

@@ -1,1 +1,1 @@
-"""Behind ``meft-kernels train``: settings from YAML, data, and a run of ``transformers.Trainer`` that can be resumed."""
+"""Behind ``meft-kernels train``: settings from YAML, data, and a run of ``transformers.Trainer`` to resume."""

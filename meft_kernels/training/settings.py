@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 import transformers
 
 from ..config import MeftConfig
@@ -63,8 +64,8 @@ class DataSettings:
 _SECTIONS = ("data", "meft", "training")
 _TOP = ("model", "task", "dtype", *_SECTIONS)
 
-# The recipe of the demo, from single runs on MiniLM (demo/methods.py has the figures). logging_steps 1 costs nothing: the
-# engine asks the device for its checksums in every pass anyway, and no average in the log then spans an interruption.
+# The recipe of the demo, from single runs on MiniLM (demo/methods.py has the figures). logging_steps 1 costs nothing:
+# the engine asks the device for its checksums in every pass anyway, and no average in the log then spans an interruption.
 _TRAINING: dict[str, Any] = {
     "num_train_epochs": 2,
     "learning_rate": 1e-3,
@@ -202,13 +203,14 @@ def resolve(given: Mapping[str, Any], task: Task, *, encoder: bool) -> Settings:
     meft = MeftConfig(**{**(_ENCODER_MEFT if encoder else {}), **given["meft"]})
     if meft.adapters == "none":
         raise ValueError("meft.adapters 'none' leaves nothing to train: it is for models that PEFT has wrapped")
+    pin = {"dataloader_pin_memory": torch.cuda.is_available()}  # torch warns where there is nothing to pin for
     return Settings(
         model=given["model"],
         task=task,
         dtype=given.get("dtype") or "float32",
         data=DataSettings(**given["data"]),
         meft=meft,
-        training={**_TRAINING, **sizes, **given["training"]},
+        training={**_TRAINING, **sizes, **pin, **given["training"]},
     )
 
 
