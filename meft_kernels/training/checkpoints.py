@@ -31,7 +31,7 @@ def trainer_state(checkpoint: Path) -> dict[str, Any]:
 def what_is_missing(checkpoint: Path) -> str | None:
     """Why a checkpoint cannot be resumed from, None if it can.
 
-    A Trainer writes ``trainer_state.json`` last, and not at once; transformers' ``get_last_checkpoint`` takes the folder
+    A Trainer writes ``trainer_state.json`` last, and not at once; ``transformers.get_last_checkpoint`` takes the folder
     with the highest number, whatever is in it. The other files are looked at, too: after a crash of the whole machine
     any of them may be short.
     """

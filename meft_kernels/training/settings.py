@@ -65,7 +65,7 @@ _SECTIONS = ("data", "meft", "training")
 _TOP = ("model", "task", "dtype", *_SECTIONS)
 
 # The recipe of the demo, from single runs on MiniLM (demo/methods.py has the figures). logging_steps 1 costs nothing:
-# the engine asks the device for its checksums in every pass anyway, and no average in the log then spans an interruption.
+# the engine asks the device for its checksums in every pass anyway. And so no average in the log spans an interruption.
 _TRAINING: dict[str, Any] = {
     "num_train_epochs": 2,
     "learning_rate": 1e-3,
