@@ -19,8 +19,8 @@ _SHOW_CURSOR = b"\x1b[?25h"
 class SaveAndStop(TrainerCallback):
     """Stops a Trainer at a step's end where a resumed run does just what an uninterrupted one would have done.
 
-    Checkpoints of an epoch's last step are made after the epoch's evaluation, not before it: that draws a random number
-    (the data loader's seed), and a run resumed from before it would neither draw it nor evaluate.
+    Checkpoints of an epoch's last step, and of the run's, are made after the epoch's evaluation, not before it: that
+    draws a random number (the data loader's seed), and a run resumed from before it would neither draw it nor evaluate.
     """
 
     def __init__(self) -> None:
@@ -50,11 +50,11 @@ class SaveAndStop(TrainerCallback):
         self._due = False
         if self.requested:
             control.should_save = control.should_training_stop = True
-        if control.should_save and _epoch_is_over(state):
+        if control.should_save and _is_over(state):
             control.should_save, self._due = False, True
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if _epoch_is_over(state):
+        if _is_over(state):
             control.should_save = control.should_save or self._due or self.requested
             control.should_training_stop = control.should_training_stop or self.requested
         elif self.requested:  # called in the middle, because training stops: all is saved, and the epoch is not over
@@ -67,5 +67,6 @@ class SaveAndStop(TrainerCallback):
             control.should_save = control.should_training_stop = True
 
 
-def _epoch_is_over(state: Any) -> bool:
-    return state.epoch is not None and float(state.epoch).is_integer()
+def _is_over(state: Any) -> bool:
+    """Whether the epoch or the run ends with this step."""
+    return bool(state.global_step >= state.max_steps or float(state.epoch or 0.5).is_integer())

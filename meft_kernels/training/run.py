@@ -93,6 +93,8 @@ def train(given: Mapping[str, Any], out: Path, *, resume: bool, overwrite: bool,
         soft_wrap=True,
     )
 
+    if settings.task == "classification" and (said := _replaced_head(pretrained, rows)):
+        console.print(said, style="yellow", highlight=False)
     _begin(out, settings, rows, overwrite=overwrite)
     stop, shown = SaveAndStop(), ShowProgress(console)
     trainer = transformers.Trainer(
@@ -221,10 +223,19 @@ def _load(pretrained: Pretrained, settings: Settings, rows: Rows) -> Any:
             num_labels=len(rows.classes),
             id2label=dict(enumerate(rows.classes)),
             label2id={name: index for index, name in enumerate(rows.classes)},
-            ignore_mismatched_sizes=False,
+            ignore_mismatched_sizes=True,  # a head for other classes is begun anew
         )
     except (OSError, ValueError) as error:
         raise ValueError(f"{settings.model} cannot be loaded for {settings.task}: {error}") from None
+
+
+def _replaced_head(pretrained: Pretrained, rows: Rows) -> str | None:
+    heads = any("SequenceClassification" in name for name in pretrained.config.architectures or [])
+    if not heads or pretrained.config.num_labels == len(rows.classes):
+        return None
+    return (
+        f"the model's head is for {pretrained.config.num_labels} classes: a new one is trained for {len(rows.classes)}"
+    )
 
 
 def _collator(settings: Settings, tokenizer: Any) -> Any:
