@@ -355,7 +355,7 @@ def test_a_killed_process_goes_on_exactly(task: str, home: Path, whole: dict[str
         process = subprocess.Popen([*command, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         deadline = time.monotonic() + 120
         log = out / "log.jsonl"
-        while not (log.is_file() and f'"step": {step}}}' in log.read_text() + "") and time.monotonic() < deadline:
+        while not (log.is_file() and f'"step": {step},' in log.read_text()) and time.monotonic() < deadline:
             assert process.poll() is None, process.stdout and process.stdout.read()
             time.sleep(0.002)
         process.send_signal(number)

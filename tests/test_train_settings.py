@@ -50,6 +50,7 @@ def test_numbers_and_words_are_what_people_mean(tmp_path: Path) -> None:
         ("training: {bf16: yes}", "training.bf16 is bool, not 'yes'"),
         ("training: {max_steps: 1.5}", "training.max_steps is int, not 1.5"),
         ("training: {eval_strategy: often}", "training: often is not a valid IntervalStrategy"),
+        ("training: {report_to: wandb}", "training: WandbCallback requires wandb"),
         ("training: 7", "training is a section of settings, not 7"),
         ("meft: {rank: 0}", "rank must be an integer >= 1"),
         ("meft: {adapters: none}", "leaves nothing to train"),
@@ -73,7 +74,7 @@ def test_settings_that_are_wrong(text: str, message: str, tmp_path: Path, bert: 
     result = CliRunner().invoke(app, ["train", *map(str, given)])
     assert result.exit_code == 2, (result.output, result.exception)
     assert message in " ".join(result.output.split())
-    assert not (tmp_path / "out").exists()
+    assert not list(tmp_path.glob("out/*"))
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +99,13 @@ def test_what_is_missing_is_named(tmp_path: Path, bert: Path) -> None:
     rows = write_rows(tmp_path / "texts.jsonl", [{"text": f"good w{i}"} for i in range(20)])
     assert "is no causal language model (BertForSequenceClassification)" in said("--model", bert, "--data", rows)
     assert "a share below 1, not 1.5" in said("--model", bert, "--data", rows, "--held-out", "1.5")
+
+
+def test_one_process_only(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    result = CliRunner().invoke(app, ["train", "--model", "a", "--data", "b", "--out", str(tmp_path / "out")])
+    assert result.exit_code == 2
+    assert "trains in one process" in result.output
 
 
 def test_missing_packages_are_named_with_their_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

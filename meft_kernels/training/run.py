@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -63,6 +64,11 @@ def train(given: Mapping[str, Any], out: Path, *, resume: bool, overwrite: bool,
     """
     for package in ("accelerate", "datasets", "yaml"):
         require(package, TRAIN_EXTRA)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise RunError(
+            "this command trains in one process, whose signals stop it at one step; for several GPUs start a script of "
+            "your own with patch and Trainer under torchrun"
+        )
     given = _absolute(check_given(given, "settings"))
     recorded = _recorded(out) if resume else None
     if recorded is None:
@@ -95,28 +101,25 @@ def train(given: Mapping[str, Any], out: Path, *, resume: bool, overwrite: bool,
 
     if settings.task == "classification" and (said := _replaced_head(pretrained, rows)):
         console.print(said, style="yellow", highlight=False)
-    _begin(out, settings, rows, overwrite=overwrite)
+    if settings.training.get("train_sampling_strategy", "random") != "random":
+        console.print(
+            "train_sampling_strategy: a run that is resumed after its first epoch sees another order of texts than an "
+            "uninterrupted one; 'random' resumes exactly",
+            style="yellow",
+            highlight=False,
+        )
+
     stop, shown = SaveAndStop(), ShowProgress(console)
-    trainer = transformers.Trainer(
-        model,
-        arguments,
-        train_dataset=train_set,
-        eval_dataset=held_out,
-        processing_class=pretrained.tokenizer,
-        data_collator=_collator(settings, pretrained.tokenizer),
-        callbacks=[MeftCallback(), WriteHistory(out / HISTORY), shown, stop],
-        compute_metrics=metrics.accuracy if settings.task == "classification" else metrics.perplexity,
-        preprocess_logits_for_metrics=(
-            metrics.predicted_class if settings.task == "classification" else metrics.token_losses
-        ),
-    )
-    trainer.remove_callback(transformers.PrinterCallback)
+    callbacks = [MeftCallback(), WriteHistory(out / HISTORY), shown, stop]
+    trainer = _trainer(model, arguments, settings, pretrained, (train_set, held_out), callbacks)
+    _begin(out, settings, rows, overwrite=overwrite)
     try:
         if checkpoint is not None and _is_finished(checkpoint):
             # A Trainer that is resumed past its last step would do one more.
             console.print(f"{checkpoint.name} is the last step's: nothing is left to train", highlight=False)
-            load_adapter(model, checkpoint)
             trainer.state = transformers.TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+            best = trainer.state.best_model_checkpoint if arguments.load_best_model_at_end else None
+            load_adapter(model, best or checkpoint)
         else:
             with stop.listening():
                 trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
@@ -208,7 +211,7 @@ def _versions() -> dict[str, str]:
 def _arguments(settings: Settings, out: Path) -> Any:
     try:
         return transformers.TrainingArguments(output_dir=str(out), disable_tqdm=True, **settings.training)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, ImportError, RuntimeError) as error:
         raise ValueError(f"training: {error}") from None
 
 
@@ -246,6 +249,33 @@ def _collator(settings: Settings, tokenizer: Any) -> Any:
     # It pads the labels that are there; DataCollatorForLanguageModeling would make them anew, from the prompt too, and
     # without the end where that is the padding token.
     return transformers.DataCollatorForSeq2Seq(tokenizer)
+
+
+def _trainer(
+    model: Any,
+    arguments: Any,
+    settings: Settings,
+    pretrained: Pretrained,
+    parts: tuple[Any, Any],
+    callbacks: list[transformers.TrainerCallback],
+) -> Any:
+    classifies = settings.task == "classification"
+    try:
+        trainer = transformers.Trainer(
+            model,
+            arguments,
+            train_dataset=parts[0],
+            eval_dataset=parts[1],
+            processing_class=pretrained.tokenizer,
+            data_collator=_collator(settings, pretrained.tokenizer),
+            callbacks=callbacks,
+            compute_metrics=metrics.accuracy if classifies else metrics.perplexity,
+            preprocess_logits_for_metrics=metrics.predicted_class if classifies else metrics.token_losses,
+        )
+    except (ImportError, RuntimeError) as error:  # a reporter or an optimizer that is not installed
+        raise ValueError(f"training: {error}") from None
+    trainer.remove_callback(transformers.PrinterCallback)
+    return trainer
 
 
 def _last_whole(out: Path, console: Any) -> Path | None:
