@@ -226,7 +226,10 @@ def test_folders_of_datasets_with_and_without_parts(tmp_path: Path) -> None:
     assert (len(one.train), len(one.held_out)) == (11, 1)
     assert (len(parts.train), len(parts.held_out)) == (12, 12)
     assert {text for text, _ in parts.held_out} == {f"w{50 + i}" for i in range(12)}
-    assert len(rows_of(tmp_path / "parts", held_out_split="extra", held_out=3).held_out) == 3
+    few = rows_of(tmp_path / "parts", held_out_split="extra", held_out=3).held_out
+    assert len(few) == 3 and [text for text, _ in few] != ["w70", "w71", "w72"]  # drawn
+    with pytest.raises(ValueError, match="a number of its texts, not a share"):
+        rows_of(tmp_path / "parts", held_out=0.5)
     with pytest.raises(ValueError, match="has no part 'dev'; it has train, test, extra"):
         rows_of(tmp_path / "parts", split="dev")
     with pytest.raises(ValueError, match="has no parts"):

@@ -59,8 +59,12 @@ def load_rows(settings: DataSettings, requested: Task | None) -> Rows:
     if held_out is not None:
         kept, more = _complete(held_out, columns, task)
         train = _drawn(found, settings.split_seed)
-        if isinstance(settings.held_out, int):
-            kept = kept[: settings.held_out]
+        if isinstance(settings.held_out, float):
+            raise ValueError(
+                f"{name} has a part that is held out: data.held_out can be a number of its texts, not a share"
+            )
+        if settings.held_out is not None:  # drawn, because parts are often sorted by class
+            kept = _drawn(kept, settings.split_seed)[: settings.held_out]
         dropped += more
     else:
         wanted = _share(settings.held_out, len(found))

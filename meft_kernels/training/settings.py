@@ -42,7 +42,7 @@ class DataSettings:
     split: str = _option("train", "part of the source to train on, if it has parts")
     held_out_split: str | None = _option(None, "part that is held out; None: validation, or else test, if there is one")
     held_out: int | float | None = _option(
-        None, "texts held out where there is no such part: a number, or a share below 1; None: a tenth, at most 1000"
+        None, "texts held out: a number, or a share below 1; None: a tenth, at most 1000, or all of held_out_split"
     )
     train_texts: int | None = _option(None, "texts to train on; None: all others")
     max_length: int = _option(256, "tokens of a text, at most; the rest is cut off")
