@@ -1,29 +1,24 @@
-"""The command line: ``meft-kernels demo | verify | models | env``."""
+"""The command line: ``meft-kernels demo | train | verify | models | env``."""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import importlib.metadata
 import importlib.util
 import os
 import platform
-import warnings
-from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 try:
     import typer
-    from rich.console import Console
-except ModuleNotFoundError as error:  # the library needs neither
+
+    from .commands.shared import Data, DType, Model, Rank, Variant, console, errors, given, quiet, to_dtype, user_errors
+    from .commands.train import train
+except ModuleNotFoundError as error:  # the library needs neither typer nor rich
     raise SystemExit(f'the command line needs the package {error.name}: pip install "meft_kernels[demo]"') from None
 
 from .config import MeftConfig
-from .errors import MeftError
-
-if TYPE_CHECKING:
-    import torch
 
 DEFAULT_VARIANT = MeftConfig().variant
 
@@ -33,53 +28,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-console = Console()
-errors = Console(stderr=True)
-
-Model = Annotated[str, typer.Option(help="minilm, smollm2, gemma3, a .gguf file, a folder or a hub id.")]
-Data = Annotated[str, typer.Option(help="rotten_tomatoes, imdb, or a .csv file with the columns text and label.")]
-Variant = Annotated[str, typer.Option(help="meft1, meft2 or meft3.")]
-Rank = Annotated[int | None, typer.Option(help="Bottleneck width of the adapters.")]
-DType = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
-
-
-@contextlib.contextmanager
-def _user_errors() -> Iterator[None]:
-    """What the user can put right is said in red and ends with 2; anything else is a bug and keeps its traceback."""
-    try:
-        yield
-    except (MeftError, ValueError) as error:
-        errors.print(f"error: {error}", style="red", markup=False, highlight=False)
-        raise typer.Exit(2) from None
-
-
-def _quiet() -> None:
-    """Keep the notes that loading a model and a file prints out of the way of our own output."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    import transformers
-
-    # PEFT 0.21 asks transformers 5.23 for an attribute under its old name.
-    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    if importlib.util.find_spec("datasets") is not None:
-        import datasets
-
-        datasets.disable_progress_bars()
-
-
-def _dtype(name: str) -> torch.dtype:
-    import torch
-
-    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if name not in known:
-        raise ValueError(f"--dtype is one of {', '.join(known)}, not {name!r}")
-    return known[name]
-
-
-def _given(**options: Any) -> dict[str, Any]:
-    """The options that were given."""
-    return {name: value for name, value in options.items() if value is not None}
 
 
 @app.command()
@@ -105,16 +53,16 @@ def demo(
     out: Annotated[Path, typer.Option(help="Folder for the adapter, the figures and the plot.")] = Path("meft-demo"),
 ) -> None:
     """Fine-tune a pretrained model on film reviews, and show what it takes."""
-    with _user_errors():
-        _quiet()
+    with user_errors():
+        quiet()
         import torch
 
         from .demo.data import load_texts
         from .demo.methods import METHODS, recipe_for
         from .demo.models import Task
-        from .demo.packages import require
         from .demo.report import plot, table, write_json
         from .demo.run import Demo, default_device, run_demo
+        from .packages import require
 
         chosen = METHODS if compare else ("meft",)
         if methods is not None:
@@ -128,7 +76,7 @@ def demo(
         task = Task(model, load_texts(data, held_out=1).classes)
         recipe = dataclasses.replace(
             recipe_for(causal=task.causal),
-            **_given(
+            **given(
                 steps=steps,
                 batch_size=batch_size,
                 lr=lr,
@@ -147,7 +95,7 @@ def demo(
             methods=chosen,
             seeds=tuple(range(seed, seed + seeds)),
             out=out,
-            dtype=_dtype(dtype),
+            dtype=to_dtype(dtype),
             device=default_device(),
             train_texts=train_texts,
         )
@@ -164,6 +112,9 @@ def demo(
     if any(outcome.bit_exact is False or outcome.same_after_reload is False for outcome in outcomes):
         errors.print("the run was not exact: please report this, with the output of: meft-kernels env", style="red")
         raise typer.Exit(1)
+
+
+app.command()(train)
 
 
 @app.command()
@@ -184,8 +135,8 @@ def verify(
     seed: Annotated[int, typer.Option(help="Seed of the batch and the adapters.")] = 0,
 ) -> None:
     """Is every layer of this model rebuilt bit for bit? Exit code 1 if not."""
-    with _user_errors():
-        _quiet()
+    with user_errors():
+        quiet()
         import torch
 
         from .demo.data import load_texts
@@ -194,13 +145,13 @@ def verify(
         from .patching import patch
         from .verify import verify as run_verify
 
-        given = _given(rank=rank, lam=lam, beta=beta, fraction_bits=fraction_bits)
-        settings: dict[str, Any] = {"arithmetic": arithmetic, "coupling": coupling, "variant": variant, **given}
-        config = MeftConfig.paper(variant, **given) if paper else MeftConfig(**settings)  # type: ignore[arg-type]
+        chosen = given(rank=rank, lam=lam, beta=beta, fraction_bits=fraction_bits)
+        settings: dict[str, Any] = {"arithmetic": arithmetic, "coupling": coupling, "variant": variant, **chosen}
+        config = MeftConfig.paper(variant, **chosen) if paper else MeftConfig(**settings)  # type: ignore[arg-type]
         texts = load_texts(data, held_out=batch_size, seed=seed)
         task = Task(model, texts.classes, max_length=max_length)
         device = default_device()
-        network = task.load(dtype=_dtype(dtype), device=device, seed=seed)
+        network = task.load(dtype=to_dtype(dtype), device=device, seed=seed)
         torch.manual_seed(seed)
         patch(network, config)
         report = run_verify(network, task.batch(texts.held_out, list(range(batch_size)), device))

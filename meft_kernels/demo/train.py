@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -89,20 +88,3 @@ def footprint(model: nn.Module, batch: Batch) -> Footprint:
     model.zero_grad(set_to_none=True)
     model.train(was_training)
     return Footprint(kept=kept, peak=meter.peak_bytes)
-
-
-@contextmanager
-def progress(title: str, steps: int) -> Iterator[Callable[[float], None]]:
-    """A progress bar (one line at the end where there is no terminal), and the function that moves it on."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        TextColumn("loss {task.fields[loss]:.3f}"),
-    )
-    with Progress(*columns) as bar:
-        job = bar.add_task(title, total=steps, loss=float("nan"))
-        yield lambda loss: bar.update(job, advance=1, loss=loss)

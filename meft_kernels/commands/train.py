@@ -1,0 +1,96 @@
+"""``meft-kernels train``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .shared import console, errors, given, quiet, user_errors
+
+INTERRUPTED = 130
+"""The exit code of shells for a process that Ctrl-C ended."""
+
+
+def train(
+    out: Annotated[Path, typer.Option(help="Folder for checkpoints, adapter, settings, log and figures.")],
+    model: Annotated[
+        str | None, typer.Option(help="minilm, smollm2, gemma3, a .gguf file, a folder or a hub id.")
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(help="imdb, rotten_tomatoes, a .csv or .jsonl file, a folder of save_to_disk, a hub data set."),
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="YAML with model, task, dtype and the sections data, meft, training.")
+    ] = None,
+    task: Annotated[
+        str | None, typer.Option(help="classification or causal-lm; by default what the columns of the data are for.")
+    ] = None,
+    epochs: Annotated[float | None, typer.Option(help="training.num_train_epochs")] = None,
+    steps: Annotated[int | None, typer.Option(help="training.max_steps, instead of epochs")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="training.per_device_train_batch_size")] = None,
+    lr: Annotated[float | None, typer.Option(help="training.learning_rate")] = None,
+    seed: Annotated[int | None, typer.Option(help="training.seed")] = None,
+    variant: Annotated[str | None, typer.Option(help="meft.variant: meft1, meft2 or meft3")] = None,
+    rank: Annotated[int | None, typer.Option(help="meft.rank")] = None,
+    max_length: Annotated[int | None, typer.Option(help="data.max_length")] = None,
+    train_texts: Annotated[int | None, typer.Option(help="data.train_texts")] = None,
+    held_out: Annotated[float | None, typer.Option(help="data.held_out: a number of texts, or a share")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in --out.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Remove an earlier run in --out.")] = False,
+) -> None:
+    """Fine-tune a model on a file of texts, with Hugging Face's Trainer. Ctrl-C saves a checkpoint and stops.
+
+    Plain columns: text and label (classification); text, prompt and completion, or messages (causal-lm). Everything
+    else can be said in --config; what is said here wins.
+    """
+    with user_errors():
+        if resume and overwrite:
+            raise ValueError("--resume goes on with the run that --overwrite would remove: give one of them")
+        quiet()
+        from ..training.run import ADAPTER, HISTORY, METRICS, SETTINGS
+        from ..training.run import train as run
+        from ..training.settings import check_given, merge
+        from ..training.yaml_file import read_yaml
+
+        if held_out is not None and held_out >= 1:
+            if held_out != int(held_out):
+                raise ValueError(f"--held-out is a number of texts or a share below 1, not {held_out}")
+            held_out = int(held_out)
+        flags: dict[str, Any] = {
+            **given(model=model, task=task, dtype=dtype),
+            "data": given(source=data, max_length=max_length, train_texts=train_texts, held_out=held_out),
+            "meft": given(variant=variant, rank=rank),
+            "training": given(
+                num_train_epochs=epochs,
+                max_steps=steps,
+                per_device_train_batch_size=batch_size,
+                learning_rate=lr,
+                seed=seed,
+            ),
+        }
+        in_file = {} if config is None else check_given(read_yaml(config), str(config))
+        try:
+            outcome = run(merge(in_file, flags), out, resume=resume, overwrite=overwrite, console=console)
+        except KeyboardInterrupt:  # before the first step, or in the last evaluation
+            errors.print(f"\ninterrupted. Go on: {_resume_command(out)}", highlight=False, markup=False, soft_wrap=True)
+            raise typer.Exit(INTERRUPTED) from None
+    if outcome.interrupted:
+        console.print(
+            f"stopped at step {outcome.step}, checkpoint saved. Go on: {_resume_command(out)}",
+            highlight=False,
+            markup=False,
+            soft_wrap=True,
+        )
+        raise typer.Exit(INTERRUPTED)
+    from ..training.progress import describe_metrics
+
+    console.print(f"held out: {describe_metrics(outcome.metrics)}", highlight=False)
+    console.print(f"written to {out}: {', '.join((ADAPTER, METRICS, SETTINGS, HISTORY))}", highlight=False)
+
+
+def _resume_command(out: Path) -> str:
+    return f"meft-kernels train --resume --out {out}"

@@ -1,0 +1,101 @@
+"""Tokens of one row, and which of them are learnt."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from jinja2 import TemplateError
+
+IGNORED = -100
+"""The label of a token that is not learnt; torch's and transformers' own convention."""
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """Rows of plain columns as the model takes them, at most ``max_length`` tokens each."""
+
+    tokenizer: Any
+    max_length: int
+
+    def for_columns(self, columns: tuple[str, ...], task: str) -> Callable[[tuple[Any, ...]], dict[str, Any] | None]:
+        """The function for a row of these columns; it returns None where nothing is left to learn.
+
+        Raises:
+            ValueError: conversations, and the tokenizer has no chat template.
+        """
+        if task == "classification":
+            return self.labelled
+        if len(columns) == 2:
+            return self.completion
+        return self.conversation_or_text
+
+    def labelled(self, row: tuple[str, int]) -> dict[str, Any] | None:
+        """A text and its class."""
+        encoded = dict(self.tokenizer(row[0], truncation=True, max_length=self.max_length))
+        return {**encoded, "labels": row[1]} if encoded["input_ids"] else None
+
+    def conversation_or_text(self, row: tuple[Any]) -> dict[str, Any] | None:
+        return self.text(row) if isinstance(row[0], str) else self.conversation(row)
+
+    def text(self, row: tuple[str]) -> dict[str, Any] | None:
+        """Every token is learnt, and the end after them."""
+        ids = self._ended(self.tokenizer(row[0]).input_ids)
+        return self._made(ids, [True] * len(ids))
+
+    def completion(self, row: tuple[str, str]) -> dict[str, Any] | None:
+        """The completion is learnt, and the end after it.
+
+        A special token at the end of the prompt's (BERT's [SEP], T5's end) would stand between the two.
+        """
+        prompt = self.tokenizer(row[0]).input_ids
+        if prompt and prompt[-1] == self.tokenizer.eos_token_id and not row[0].endswith(self.tokenizer.eos_token):
+            prompt = prompt[:-1]
+        follows = self._ended(self.tokenizer(row[1], add_special_tokens=False).input_ids)
+        return self._made(prompt + follows, [False] * len(prompt) + [True] * len(follows))
+
+    def conversation(self, row: tuple[list[dict[str, str]]]) -> dict[str, Any] | None:
+        """The assistant's turns are learnt, as the tokenizer's chat template writes them.
+
+        Raises:
+            ValueError: there is no template, or it changes earlier turns when another follows, so that what the
+                assistant says cannot be told from the rest.
+        """
+        messages = row[0]
+        if self.tokenizer.chat_template is None:
+            raise ValueError("this model's tokenizer has no chat template: use the columns prompt and completion")
+        whole = self._render(messages)
+        learnt = [False] * len(whole)
+        for turn, message in enumerate(messages):
+            if message["role"] != "assistant":
+                continue
+            before = self._render(messages[:turn], add_generation_prompt=True)
+            after = self._render(messages[: turn + 1])
+            if whole[: len(before)] != before or whole[: len(after)] != after:
+                raise ValueError(
+                    "the chat template of this model writes a conversation's beginning otherwise when more follows; "
+                    "use the columns prompt and completion"
+                )
+            learnt[len(before) : len(after)] = [True] * (len(after) - len(before))
+        return self._made(whole, learnt)
+
+    def _render(self, messages: list[dict[str, str]], **options: Any) -> list[int]:
+        if not messages:
+            return []
+        try:
+            made = self.tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, **options)
+        except TemplateError as error:
+            raise ValueError(f"the chat template of this model does not take a conversation: {error}") from None
+        return list(made["input_ids"])
+
+    def _ended(self, ids: list[int]) -> list[int]:
+        end = self.tokenizer.eos_token_id
+        return ids if end is None or (ids and ids[-1] == end) else [*ids, end]
+
+    def _made(self, ids: list[int], learnt: list[bool]) -> dict[str, Any] | None:
+        ids, learnt = ids[: self.max_length], learnt[: self.max_length]
+        if not any(learnt[1:]):  # the first token is predicted from nothing
+            return None
+        labels = [token if wanted else IGNORED for token, wanted in zip(ids, learnt, strict=True)]
+        return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels}
