@@ -21,8 +21,8 @@ class ReferenceModel(nn.Module):
     """A view of a patched model that computes what the pretrained one does. Made by :func:`reference_model`.
 
     It has no parameters or modules of its own, so that ``.to()``, ``.train()``, a wrapper or an optimizer do not reach
-    the model through it. Its attributes (``config``, ``generate``, ``base_model``, ...) are the model's, and compute the
-    same: adapters left out, eval mode, no gradients.
+    the model through it. Its attributes (``config``, ``generate``, ``base_model``, ...) are the model's, and compute as
+    it does: adapters left out, eval mode, no gradients.
     """
 
     def __init__(self, part: nn.Module, model: nn.Module) -> None:

@@ -18,8 +18,8 @@ trl = pytest.importorskip("trl")
 datasets = pytest.importorskip("datasets")
 
 TEMPLATE = (
-    "{% for m in messages %}{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] }} <eos> {% endgeneration %}"
-    "{% else %}{{ m['content'] }} {% endif %}{% endfor %}"
+    "{% for m in messages %}{% if m['role'] == 'assistant' %}"
+    "{% generation %}{{ m['content'] }} <eos> {% endgeneration %}{% else %}{{ m['content'] }} {% endif %}{% endfor %}"
 )
 
 
@@ -49,8 +49,8 @@ CHATS = [
 PAIRS = [
     {
         "prompt": words(row, 3),
-        "chosen": " " + words(2 * row, 3 + row % 3),
-        "rejected": " " + words(5 * row, 2 + row % 4),
+        "chosen": f" {words(2 * row, 3 + row % 3)}",
+        "rejected": f" {words(5 * row, 2 + row % 4)}",
     }
     for row in range(16)
 ]
