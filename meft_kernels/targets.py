@@ -188,8 +188,8 @@ def refuse_partitioned(layer: nn.Module, name: str) -> None:
     """
     if hasattr(next(layer.parameters(), None), "ds_id"):
         raise UnsupportedModelError(
-            f"the weights of {name} are partitioned by DeepSpeed ZeRO-3, which is not supported: use FSDP2 to shard the "
-            "model (patch, then fully_shard), or a ZeRO stage below 3, which leaves weights whole"
+            f"the weights of {name} are partitioned by DeepSpeed ZeRO-3, which is not supported: shard the model with "
+            "FSDP2 (patch, then fully_shard), or take a ZeRO stage below 3, which leaves weights whole"
         )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-
 import pytest
 import torch
 
@@ -14,12 +13,9 @@ pytestmark = [
     pytest.mark.skipif(not torch.distributed.is_available(), reason="torch was built without torch.distributed"),
 ]
 
-
+DDP = ("ddp", "ddp_find_unused", "ddp_static_graph", "ddp_no_sync", "ddp_other_bits")
 CASES = [
-    *(
-        ("llama", engine)
-        for engine in ("ddp", "ddp_find_unused", "ddp_static_graph", "ddp_no_sync", "ddp_other_bits", "fsdp2")
-    ),
+    *(("llama", engine) for engine in (*DDP, "fsdp2")),
     *((family, engine) for family in ("bert", "t5", "minilm") for engine in ("ddp", "fsdp2")),
 ]
 

@@ -39,7 +39,7 @@ def unchanged(model: Any) -> bool:
 
 def test_zero3_before_patch() -> None:
     model = partition(tiny_llama())
-    with pytest.raises(UnsupportedModelError, match="DeepSpeed ZeRO-3.*FSDP2"):
+    with pytest.raises(UnsupportedModelError, match=r"DeepSpeed ZeRO-3.*FSDP2"):
         meft_kernels.patch(model)
     assert unchanged(model)
 

@@ -47,11 +47,7 @@ CHATS = [
     for row in range(16)
 ]
 PAIRS = [
-    {
-        "prompt": words(row, 3),
-        "chosen": f" {words(2 * row, 3 + row % 3)}",
-        "rejected": f" {words(5 * row, 2 + row % 4)}",
-    }
+    {"prompt": words(row, 3), "chosen": f" {words(2 * row, 3 + row % 3)}", "rejected": f" {words(5 * row, 3)}"}
     for row in range(16)
 ]
 

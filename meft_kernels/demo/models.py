@@ -37,7 +37,16 @@ class Source:
     gguf_file: str | None = None
 
     def options(self) -> dict[str, Any]:
+        """Arguments of ``from_pretrained`` for a config or a tokenizer."""
         return {"gguf_file": self.gguf_file} if self.gguf_file else {}
+
+    def model_options(self) -> dict[str, Any]:
+        """The same for a model."""
+        options = self.options()
+        if self.gguf_file and hasattr(transformers, "GgufConfig"):
+            # Without it, transformers 5.23 keeps the weights packed, and they take no gradient.
+            options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+        return options
 
 
 def find_model(name: str) -> Source:
@@ -93,10 +102,7 @@ class Task:
         """A fresh pretrained model. ``seed`` fixes the first weights of a new classification head."""
         if seed is not None:
             torch.manual_seed(seed)
-        options: dict[str, Any] = {"dtype": dtype, **self.source.options()}
-        if self.source.gguf_file and hasattr(transformers, "GgufConfig"):
-            # Without it, transformers 5.23 keeps the weights packed, and they take no gradient.
-            options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+        options: dict[str, Any] = {"dtype": dtype, **self.source.model_options()}
         auto: Any = transformers.AutoModelForCausalLM
         if not self.causal:
             auto = transformers.AutoModelForSequenceClassification
