@@ -20,7 +20,7 @@ parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--model", default="smollm2", help="'smollm2' (a package), a hub id or a folder")
 parser.add_argument("--data", default="imdb", help="'rotten_tomatoes', 'imdb', or a CSV file: text, label")
 parser.add_argument("--max-steps", type=int, default=50)
-parser.add_argument("--held-out", type=int, default=64, help="how many texts to evaluate on")
+parser.add_argument("--held-out", type=int, default=8, help="how many texts to evaluate on")
 parser.add_argument("--block", type=int, default=128, help="tokens in a row")
 parser.add_argument("--out", default="causal-lm-out")
 args = parser.parse_args()
@@ -49,6 +49,7 @@ trainer = Trainer(
         args.out,
         max_steps=args.max_steps,
         per_device_train_batch_size=4,
+        per_device_eval_batch_size=4,
         learning_rate=1e-3,
         warmup_steps=10,
         logging_steps=10,
