@@ -27,6 +27,7 @@ from .errors import (
     UnsupportedModelError,
 )
 from .patching import patch, unpatch
+from .reference import ReferenceModel, reference_model
 from .switching import adapter_names, add_adapter, delete_adapter, disable_adapter, set_adapter
 from .verify import VerifyReport, calibrate, verify
 
@@ -50,6 +51,7 @@ __all__ = [
     "NonFiniteError",
     "NotRepeatableError",
     "PatchError",
+    "ReferenceModel",
     "ReversibleUsageError",
     "StreamOverflowError",
     "UnsupportedModelError",
@@ -64,6 +66,7 @@ __all__ = [
     "ops",
     "patch",
     "print_trainable_parameters",
+    "reference_model",
     "register_architecture",
     "save_adapter",
     "set_adapter",

@@ -28,7 +28,16 @@ class Source:
     gguf_file: str | None = None
 
     def options(self) -> dict[str, Any]:
+        """Arguments of ``from_pretrained`` for a config or a tokenizer."""
         return {"gguf_file": self.gguf_file} if self.gguf_file else {}
+
+    def model_options(self) -> dict[str, Any]:
+        """The same for a model."""
+        options = self.options()
+        if self.gguf_file and hasattr(transformers, "GgufConfig"):
+            # Without it, transformers 5.23 keeps the weights packed, and they take no gradient.
+            options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+        return options
 
 
 @dataclass(frozen=True)
@@ -47,10 +56,7 @@ class Pretrained:
 
     def load(self, auto_class: Any, *, dtype: torch.dtype, **options: Any) -> Any:
         """The weights, in an auto class of transformers; further options are its ``from_pretrained``'s."""
-        options = {"dtype": dtype, **self.source.options(), **options}
-        if self.source.gguf_file and hasattr(transformers, "GgufConfig"):
-            # Without it, transformers 5.23 keeps the weights packed, and they take no gradient.
-            options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+        options = {"dtype": dtype, **self.source.model_options(), **options}
         model = auto_class.from_pretrained(self.source.path, **options)
         if model.config.pad_token_id is None:
             model.config.pad_token_id = self.tokenizer.pad_token_id

@@ -29,7 +29,7 @@ from .replay import draw_seed, seeded
 from .reversible import Enter, Exit, Reversible
 from .step import Step
 from .tape import Counts, Observer, Tape
-from .targets import LayerList
+from .targets import LayerList, refuse_partitioned
 from .variants import make_plan
 
 logger = logging.getLogger(__name__)
@@ -285,6 +285,7 @@ class ReversibleStack:
                 "nn.DataParallel is not supported, its replicas would compute with the first device's layers: "
                 "launch with torchrun (DistributedDataParallel), or show one device (CUDA_VISIBLE_DEVICES=0)"
             )
+        refuse_partitioned(self.layers[0].module, self.name)
         self._local.wants_hidden_states = _asked_for("output_hidden_states", module, kwargs)
         prefix_trains = any(tensor.requires_grad for tensor in cached_tensors(kwargs))
         if self.reversible_end > self.first and torch.is_grad_enabled() and (_trains(module) or prefix_trains):

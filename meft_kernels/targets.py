@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from .architectures import ArchitectureSpec, LayerSpec, find_architecture, supported_model_types
 from .config import MeftConfig
@@ -135,9 +136,21 @@ def check_trainable(model: nn.Module, lists: list[LayerList], config: MeftConfig
             f"the model is quantised by {type(quantizer).__name__}, which gives no gradients: load it with a method "
             "that trains (bitsandbytes 4-bit, torchao), or dequantised"
         )
+    if (getattr(model, "_tp_size", None) or 1) > 1:
+        raise UnsupportedModelError(
+            "the model was loaded with tensor parallelism (tp_plan, or DistributedConfig), which splits single layers "
+            "between processes: load it whole, and use data parallelism (DistributedDataParallel, FSDP2)"
+        )
     for target in lists:
         name, layers = target.name, target.layers
+        for layer in layers:
+            refuse_partitioned(layer, name)
         tensors = [tensor for layer in layers for tensor in (*layer.parameters(), *layer.buffers())]
+        if any(isinstance(tensor, DTensor) for tensor in tensors):
+            raise UnsupportedModelError(
+                f"the weights of {name} are distributed already (DTensor): call patch first, and fully_shard after it. "
+                "Tensor parallelism, which splits single layers, is not supported"
+            )
         if any(tensor.is_meta for tensor in tensors):
             raise UnsupportedModelError(
                 f"{name} has weights on the meta device (offloaded, or never loaded): load them first"
@@ -162,6 +175,22 @@ def check_trainable(model: nn.Module, lists: list[LayerList], config: MeftConfig
                 f"reversible_layers={config.reversible_layers}, but {name} has {patched} layers above the "
                 f"{config.frozen_layers} frozen ones"
             )
+
+
+def refuse_partitioned(layer: nn.Module, name: str) -> None:
+    """DeepSpeed's ZeRO-3 empties the weights and fills them by hooks of its own, for each of a layer's modules.
+
+    A layer's adapters and its recompute use weights outside of them. It is asked again in every forward, by one look at
+    one weight, because trainers partition a model after it was patched.
+
+    Raises:
+        UnsupportedModelError: that was done to this layer.
+    """
+    if hasattr(next(layer.parameters(), None), "ds_id"):
+        raise UnsupportedModelError(
+            f"the weights of {name} are partitioned by DeepSpeed ZeRO-3, which is not supported: shard the model with "
+            "FSDP2 (patch, then fully_shard), or take a ZeRO stage below 3, which leaves weights whole"
+        )
 
 
 def is_peft(model: Any) -> bool:
