@@ -7,6 +7,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from .adapters import FusedBranch
 from .errors import ReversibleUsageError
@@ -106,8 +107,14 @@ class Step:
 
     def _branch(self, lane: Lane, hidden_states: torch.Tensor) -> tuple[torch.Tensor, tuple[Any, ...] | None]:
         """The lane's branch under random numbers of its own, and what else the layer returns if this lane makes it."""
+        version = None if hidden_states.is_inference() else hidden_states._version
         with seeded(self._seed(lane), hidden_states.device):
-            return self.layer.run(lane.branch, hidden_states, self.kwargs)
+            made = self.layer.run(lane.branch, hidden_states, self.kwargs)
+        if version is not None and hidden_states._version != version:
+            raise ReversibleUsageError(
+                f"{self._where(lane)} wrote into its own input, which others read: let it work on a copy"
+            )
+        return made
 
     def _fused(self, lane: Lane, hidden_states: torch.Tensor) -> FusedBranch | None:
         """The lane's branch for a kernel that couples as well, with the random numbers that ``_branch`` would draw."""
@@ -264,11 +271,12 @@ class Step:
                     a, a_value, da = y, None if last else tape.arithmetic.value(y, tape.dtype), dy
                 else:
                     wants_center = wants_input or not last
+                    # Before the branch's backward, which may write into dy: Liger's norms put their gradient there.
+                    da = dy * lane.coefficient
                     given = _Given(y, center, center_value, dy, d_center, d_extras, owned, value_dtype, wants_center)
                     a, a_value, checksum, d_center = self._undo(lane, given, gradients)
                     del given
                     tape.comparisons.append((self._where(lane), checksum == self.checksums[lane.name]))
-                    da = dy * lane.coefficient
                     if lane.centered:
                         d_center = d_center - da
                     owned = True
@@ -310,13 +318,17 @@ class Step:
             )
             self._collect(zip(fused.weights, undone.gradients, strict=True), gradients)
             return undone.a, undone.value, undone.checksum, undone.dx
-        branch, from_branch = self._differentiate(lane, given, gradients)
-        plain = tape.arithmetic.uncouple(
-            given.y, branch, lane.coefficient, self.remainders[lane.name], center, given.value_dtype
-        )
+        # Undone before the branch's backward runs, which may write into what the branch gave; and the value only after
+        # it, so that no more is held meanwhile.
+        leaf, branch, edges = self._recompute(lane, given.center_value)
+        incoming = [given.dy.to(branch.dtype), *(given.d_extras if len(edges) > 1 else ())]
+        plain = tape.arithmetic.uncouple(given.y, branch, lane.coefficient, self.remainders[lane.name], center, None)
         del branch
+        from_branch = self._differentiate(leaf, edges, incoming, gradients, wants_center=given.wants_center)
+        del leaf, edges, incoming
+        value = None if given.value_dtype is None else tape.arithmetic.value(plain.a, given.value_dtype)
         d_center = given.d_center if from_branch is None else given.d_center + from_branch
-        return plain.a, plain.value, plain.checksum, d_center
+        return plain.a, value, plain.checksum, d_center
 
     def _collect(
         self, found: Iterable[tuple[torch.Tensor, torch.Tensor | None]], gradients: list[torch.Tensor | None]
@@ -341,25 +353,42 @@ class Step:
                     "run backward first"
                 )
 
-    def _differentiate(
-        self, lane: Lane, given: _Given, gradients: list[torch.Tensor | None]
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Compute the branch again; its output, and the gradient of its input. Adds to ``gradients``."""
+    def _recompute(
+        self, lane: Lane, center_value: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, list[GradientEdge | None]]:
+        """Compute the branch again.
+
+        Returns:
+            Its input, to differentiate by; what it gave, cut from its graph; and where the gradients of that and of the
+            extras enter the graph, None where none flows.
+        """
         with torch.enable_grad():
-            leaf = given.center_value.detach().requires_grad_()
+            leaf = center_value.detach().requires_grad_()
             branch, extras = self._branch(lane, leaf)
-        outputs = [(branch, given.dy.to(branch.dtype))]
-        if extras is not None:
-            outputs += zip(self.extras.again(extras), given.d_extras, strict=True)
-        outputs = [(output, gradient) for output, gradient in outputs if output.requires_grad]
-        targets = [leaf, *self.inputs] if given.wants_center else self.inputs
+        outputs = [branch] if extras is None else [branch, *self.extras.again(extras)]
+        # An edge holds the graph and not the tensor: nothing but the branch's own backward needs what it gave.
+        edges = [get_gradient_edge(output) if output.requires_grad else None for output in outputs]
+        return leaf, branch.detach(), edges
+
+    def _differentiate(
+        self,
+        leaf: torch.Tensor,
+        edges: list[GradientEdge | None],
+        incoming: list[torch.Tensor],
+        gradients: list[torch.Tensor | None],
+        *,
+        wants_center: bool,
+    ) -> torch.Tensor | None:
+        """The gradient of the branch's input. Adds to ``gradients``."""
+        outputs = [(edge, gradient) for edge, gradient in zip(edges, incoming, strict=True) if edge is not None]
+        targets = [leaf, *self.inputs] if wants_center else self.inputs
         if not targets or not outputs:
-            return branch.detach(), None
-        values, incoming = zip(*outputs, strict=True)
-        found = list(torch.autograd.grad(values, targets, incoming, allow_unused=True))
-        from_branch = found.pop(0) if given.wants_center else None
+            return None
+        roots, arriving = zip(*outputs, strict=True)
+        found = list(torch.autograd.grad(roots, targets, arriving, allow_unused=True))
+        from_branch = found.pop(0) if wants_center else None
         self._collect(zip(self.inputs, found, strict=True), gradients)
-        return branch.detach(), from_branch
+        return from_branch
 
     @property
     def saved_bytes(self) -> int:
