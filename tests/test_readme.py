@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 
 from typer.testing import CliRunner
@@ -53,3 +54,13 @@ def test_names_in_the_tour() -> None:
     ):
         assert f"meft_kernels.{name}(" in README
         assert callable(getattr(meft_kernels, name))
+
+
+def test_every_row_of_what_it_composes_with_names_its_tests() -> None:
+    rows = README.split("### What it composes with")[1].split("Something raised?")[0]
+    rows = [row for row in rows.splitlines() if row.startswith("| ")][2:]
+    assert len(rows) > 10
+    for row in rows:
+        named = re.findall(r"`(tests/[\w/]+\.py)`", row.split(" | ")[2])
+        assert named, row
+        assert not [name for name in named if not (Path(__file__).parents[1] / name).exists()]
