@@ -148,6 +148,12 @@ class Switch(Protocol):
     bypassed: bool
 
 
+class _Read(threading.local):
+    """What an FFN has read and not yet written to, by thread; ``torch.compile`` traces it."""
+
+    hidden_states: torch.Tensor | None = None
+
+
 class FfnTap:
     """Adds ``adapter(x)`` to what the FFN gives, x being what the FFN reads.
 
@@ -158,9 +164,16 @@ class FfnTap:
     def __init__(self, adapter: Adapter, switch: Switch) -> None:
         self.adapter = adapter
         self._switch = switch
-        self._pending: dict[int, torch.Tensor] = {}  # by thread: nn.DataParallel replicas share this object
+        self._pending = _Read()
         self._tapped: tuple[nn.Module, nn.Module] | None = None
         self._handles: list[RemovableHandle] = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        # For copy.deepcopy and pickle, which threading.local does not take.
+        return {name: value for name, value in self.__dict__.items() if name != "_pending"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _pending=_Read())
 
     def follow(self, reads: nn.Module, writes: nn.Module) -> None:
         """Tap these modules, if they are not those tapped already: PEFT puts others in their place when it merges."""
@@ -182,16 +195,17 @@ class FfnTap:
 
     def forget(self) -> None:
         """Drop what was read and not written, because a module in between failed."""
-        self._pending.pop(threading.get_ident(), None)
+        self._pending.hidden_states = None
 
     def _read(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not self._switch.bypassed:
-            self._pending[threading.get_ident()] = args[0] if args else next(iter(kwargs.values()))
+            self._pending.hidden_states = args[0] if args else next(iter(kwargs.values()))
 
     def _write(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        hidden_states = self._pending.pop(threading.get_ident(), None)
+        hidden_states = self._pending.hidden_states
         if hidden_states is None:
             return None
+        self._pending.hidden_states = None
         written, *rest = output if isinstance(output, tuple) else (output,)  # a router's choice may come along
         if written.shape != hidden_states.shape:
             raise ReversibleUsageError(

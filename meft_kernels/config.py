@@ -90,6 +90,7 @@ class MeftConfig:
     reversible_layers: int | None = _option(
         None, "how many of the patched layers drop their activations, from the bottom; the rest keep them"
     )
+    compile_layers: bool = _option(False, "run the pretrained layers under torch.compile, in forward as in backward")
     impl: Impl = _option(
         "auto", "implementation of the coupling and adapter ops; 'auto': Triton on CUDA, torch elsewhere"
     )
@@ -122,6 +123,8 @@ class MeftConfig:
         for name in ("down_init_std", "up_init_std"):
             if not (_is_number(getattr(self, name)) and getattr(self, name) >= 0):
                 raise ValueError(f"{name} must be finite and not negative, got {getattr(self, name)!r}")
+        if not isinstance(self.compile_layers, bool):
+            raise ValueError(f"compile_layers must be True or False, got {self.compile_layers!r}")
         for name, coefficient in zip(("lam", "beta"), self.coefficients, strict=True):
             if not _is_number(coefficient) or coefficient == 0:
                 raise ValueError(f"{name} must be a finite number other than 0, got {coefficient!r}")

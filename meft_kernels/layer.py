@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
+import logging
 import types
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
@@ -14,11 +16,14 @@ from transformers.cache_utils import Cache
 
 from .adapters import Adapter, FfnTap, FusedBranch
 from .architectures import LayerSpec
+from .compiling import compiled_for, why_not_compiled
 from .errors import ReversibleUsageError
 from .variants import Branch, Plan
 
 if TYPE_CHECKING:
     from .stack import ReversibleStack
+
+logger = logging.getLogger(__name__)
 
 ADAPTERS = "meft"
 """Name of the submodule that holds a layer's adapters."""
@@ -149,15 +154,37 @@ class PatchedLayer:
             )
         extras: tuple[Any, ...] | None = None
         if branch == "layer":
-            return _split(self.original(hidden_states, **kwargs))
+            return _split(self._call(self.original, hidden_states, kwargs))
         if branch == "mlp":
-            return self.spec.mlp_block(self.module, hidden_states, **kwargs), None
+            return self._call(self.spec.mlp_block, hidden_states, kwargs), None
         if branch == "attention":
-            hidden_states, extras = _split(self.spec.attention_block(self.module, hidden_states, **kwargs))
+            hidden_states, extras = _split(self._call(self.spec.attention_block, hidden_states, kwargs))
         if self.adapter is None:
             return (hidden_states if branch != "adapter" else torch.zeros_like(hidden_states)), extras
         adapted = self.adapter(hidden_states)
         return (adapted if branch == "adapter" else hidden_states + adapted), extras
+
+    def _call(self, function: Callable[..., Any], hidden_states: torch.Tensor, kwargs: dict[str, Any]) -> Any:
+        """A piece of the pretrained layer, compiled if that was asked for.
+
+        Only where gradients are recorded, on which forward and recompute agree, and without a KV cache, whose length
+        changes with every token and would have it compiled again and again.
+        """
+        whole = function == self.original
+        arguments = (hidden_states,) if whole else (self.module, hidden_states)
+        if not self.stack.config.compile_layers or not torch.is_grad_enabled() or caches_in(kwargs):
+            return function(*arguments, **kwargs)
+        reason = why_not_compiled(self.module, replaced=whole and self._instance_forward is not None)
+        if reason is not None:
+            _warn_once(f"meft_kernels: {self.stack.name} runs uncompiled: {reason}")
+            return function(*arguments, **kwargs)
+        plain = type(self.module).forward if whole else function
+        return compiled_for(self.stack, plain)(self.module, hidden_states, **kwargs)
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    logger.warning(message)
 
 
 def _split(output: Any) -> tuple[torch.Tensor, tuple[Any, ...] | None]:
