@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 import threading
 from typing import Any, NamedTuple, Protocol
@@ -15,6 +14,7 @@ from transformers.activations import ACT2FN
 
 from . import ops
 from .errors import ReversibleUsageError
+from .notices import warn_once
 from .ops import AdapterWeights
 from .ops.coupling.api import Impl
 
@@ -108,7 +108,7 @@ class Adapter(nn.Module):
             return x
         if self.impl == "triton":
             raise RuntimeError(f"impl='triton' cannot run an adapter: {reason}; use impl='auto' or impl='torch'")
-        _warn_once(f"adapters run in plain torch instead of Triton: {reason}")
+        warn_once(logger, f"meft_kernels: adapters run in plain torch instead of Triton: {reason}")
         return None
 
     def fused_branch(self, hidden_states: torch.Tensor, *, residual: bool) -> FusedBranch | None:
@@ -131,11 +131,6 @@ class Adapter(nn.Module):
             if type(linear) is not nn.Linear or type(linear.weight) not in (nn.Parameter, torch.Tensor):
                 return f"{name} is {type(linear).__name__} with a weight of type {type(linear.weight).__name__}"
         return None
-
-
-@functools.cache
-def _warn_once(message: str) -> None:
-    logger.warning("meft_kernels: %s", message)
 
 
 def _linear(x: torch.Tensor, linear: nn.Linear) -> torch.Tensor:

@@ -40,6 +40,7 @@ class MeftCallback(TrainerCallback):
         self._verify_batch = verify_batch
         self._since = 0.0
         self._tokens = 0
+        self._bytes_per_token: list[float] = []  # of every stack
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         """Say what will be trained, and check it if there is a batch to check it on.
@@ -49,7 +50,9 @@ class MeftCallback(TrainerCallback):
             NotRepeatableError: it is not exact on ``verify_batch``.
         """
         stacks = require_state(model).stacks
-        logger.info("meft_kernels: training\n%s", describe(model))
+        description = describe(model)
+        self._bytes_per_token = [stack.bytes_per_token for stack in description.stacks]
+        logger.info("meft_kernels: training\n%s", description)
         if self._verify_batch is not None:
             device = next(unwrap(model).parameters()).device
             batch = {
@@ -72,9 +75,9 @@ class MeftCallback(TrainerCallback):
             return
         stacks = require_state(model).stacks
         now, tokens = time.perf_counter(), sum(stack.counts.tokens for stack in stacks)
-        kept = zip(describe(model).stacks, stacks, strict=True)
+        kept = zip(self._bytes_per_token, stacks, strict=True)
         values: dict[str, float] = {
-            "meft_kept_bytes": round(sum(d.bytes_per_token * stack.counts.last_tokens for d, stack in kept)),
+            "meft_kept_bytes": round(sum(per_token * stack.counts.last_tokens for per_token, stack in kept)),
             "meft_tokens_per_second": round((tokens - self._tokens) / max(now - self._since, 1e-9), 1),
             "meft_checked_passes": sum(stack.counts.checked for stack in stacks),
         }

@@ -109,7 +109,7 @@ def describe(model: nn.Module) -> Description:
         lam=lam,
         beta=beta,
         rank=config.rank if config.adapters == "all" else None,
-        adapters=(state.active, *state.inactive) if config.adapters == "all" else (),
+        adapters=state.adapter_names if config.adapters == "all" else (),
         trainable_parameters=trainable,
         all_parameters=total,
         stacks=tuple(_describe_stack(stack, base.dtype.itemsize) for stack in state.stacks),

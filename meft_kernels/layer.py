@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 import logging
 import types
@@ -18,6 +17,7 @@ from .adapters import Adapter, FfnTap, FusedBranch
 from .architectures import LayerSpec
 from .compiling import compiled_for, why_not_compiled
 from .errors import ReversibleUsageError
+from .notices import warn_once
 from .variants import Branch, Plan
 
 if TYPE_CHECKING:
@@ -176,15 +176,10 @@ class PatchedLayer:
             return function(*arguments, **kwargs)
         reason = why_not_compiled(self.module, replaced=whole and self._instance_forward is not None)
         if reason is not None:
-            _warn_once(f"meft_kernels: {self.stack.name} runs uncompiled: {reason}")
+            warn_once(logger, f"meft_kernels: {self.stack.name} runs uncompiled: {reason}")
             return function(*arguments, **kwargs)
         plain = type(self.module).forward if whole else function
         return compiled_for(self.stack, plain)(self.module, hidden_states, **kwargs)
-
-
-@functools.cache
-def _warn_once(message: str) -> None:
-    logger.warning(message)
 
 
 def _split(output: Any) -> tuple[torch.Tensor, tuple[Any, ...] | None]:

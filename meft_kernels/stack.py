@@ -8,7 +8,6 @@ one reads it out.
 from __future__ import annotations
 
 import copy
-import functools
 import logging
 import threading
 from collections.abc import Iterator
@@ -25,6 +24,7 @@ from .calibration import MAX_CALIBRATED_BITS, Probe
 from .config import MeftConfig
 from .errors import ReversibleUsageError, StreamOverflowError, UnsupportedModelError
 from .layer import PatchedLayer, cached_tensors, caches_in, differentiable, without_cache
+from .notices import warn_once
 from .replay import draw_seed, seeded
 from .reversible import Enter, Exit, Reversible
 from .step import Step
@@ -253,9 +253,10 @@ class ReversibleStack:
         if layer.index >= self.reversible_end:
             return True
         if not layer.module.training and caches_in(kwargs):
-            _warn_once(
+            warn_once(
+                logger,
                 "gradients are recorded in eval mode with a KV cache, which a recompute would fill twice: activations "
-                "are kept. Pass use_cache=False, or call model.train() or torch.no_grad(), whichever you mean."
+                "are kept. Pass use_cache=False, or call model.train() or torch.no_grad(), whichever you mean.",
             )
             return True
         return False
@@ -377,8 +378,3 @@ def _asked_for(name: str, module: nn.Module, kwargs: dict[str, Any]) -> bool:
 
 def _trains(module: nn.Module) -> bool:
     return any(parameter.requires_grad for parameter in module.parameters())
-
-
-@functools.cache
-def _warn_once(message: str) -> None:
-    logger.warning(message)

@@ -56,6 +56,11 @@ class PatchState:
     bindings: list[Binding] = field(default_factory=list)
     """What was bound on the model besides its layers' forwards."""
 
+    @property
+    def adapter_names(self) -> tuple[str, ...]:
+        """Of all adapters, the active one first."""
+        return self.active, *self.inactive
+
 
 def unwrap(model: Any) -> Any:
     """The transformers model inside a PEFT, DDP or ``torch.compile`` wrapper."""

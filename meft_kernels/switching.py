@@ -29,8 +29,7 @@ def adapter_names(model: nn.Module) -> tuple[str, ...]:
     Raises:
         PatchError: the model is not patched.
     """
-    state = require_state(model)
-    return state.active, *state.inactive
+    return require_state(model).adapter_names
 
 
 def add_adapter(model: nn.Module, adapter_name: str, **settings: Any) -> None:
@@ -51,7 +50,7 @@ def add_adapter(model: nn.Module, adapter_name: str, **settings: Any) -> None:
     state = require_state(model)
     if not isinstance(adapter_name, str) or not adapter_name:
         raise ValueError(f"an adapter's name is a string that is not empty, not {adapter_name!r}")
-    if adapter_name in adapter_names(model):
+    if adapter_name in state.adapter_names:
         raise PatchError(f"there is an adapter {adapter_name!r} already; the model has {_listed(state)}")
     if others := sorted(settings.keys() - set(ADAPTER_SETTINGS)):
         raise PatchError(
@@ -167,4 +166,4 @@ def _check_may_switch(model: nn.Module, state: PatchState) -> None:
 
 
 def _listed(state: PatchState) -> str:
-    return ", ".join(map(repr, (state.active, *state.inactive)))
+    return ", ".join(map(repr, state.adapter_names))

@@ -16,19 +16,18 @@ from torch._dynamo.utils import counters
 
 import meft_kernels
 from meft_kernels import compiling
-from meft_kernels.layer import _warn_once
+from meft_kernels.notices import warn_once
 
+from .architectures.exactness import FP32_BOUND, both_engines
 from .architectures.zoo import batch_for, tiny
-from .models import TRAINABLE_START, StreamWitness, train_step, worst_error
-
-FP32_BOUND = 1e-5
+from .models import TRAINABLE_START, train_step, worst_error
 
 
 @pytest.fixture(autouse=True)
 def without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Traced and differentiated ahead of time as inductor does, and then run by torch's own kernels."""
     monkeypatch.setattr(compiling, "BACKEND", "aot_eager")
-    _warn_once.cache_clear()
+    warn_once.cache_clear()
     counters.clear()
     yield
     torch.compiler.reset()
@@ -48,15 +47,9 @@ def uncached(model: Any, **options: Any) -> dict[str, Any]:
 
 
 def assert_exact(name: str, **settings: Any) -> None:
-    model = patched(name, **settings)
-    batch = uncached(model)
-    witnesses = StreamWitness.on_every_stack(model)
-    loss, found = train_step(model, batch)
-    for witness in witnesses:
-        witness.assert_exact(len(witness.before))
-        assert witness.before
-    expected_loss, expected = train_step(patched(name, engine="autograd", **settings), batch)
-    assert loss == expected_loss
+    found, expected = both_engines(
+        lambda engine: patched(name, engine=engine, **settings), lambda model: train_step(model, uncached(model))
+    )
     assert worst_error(found, expected, floor=1e-3) <= FP32_BOUND
 
 

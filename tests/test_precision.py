@@ -9,8 +9,9 @@ import torch
 
 import meft_kernels
 
+from .architectures.exactness import FP32_BOUND, both_engines
 from .architectures.zoo import batch_for, tiny
-from .models import TRAINABLE_START, VARIANTS, StreamWitness, worst_error
+from .models import TRAINABLE_START, VARIANTS, worst_error
 
 FAMILIES = ["llama", "bert", "t5"]
 
@@ -33,25 +34,18 @@ def step(model: Any, autocast: torch.dtype | None = None) -> tuple[float, dict[s
     return loss.item(), gradients
 
 
-def assert_engines_agree(
-    name: str, *, autocast: torch.dtype | None = None, scale: float = 1.0, **settings: Any
-) -> None:
+def assert_engines_agree(name: str, *, autocast: torch.dtype | None = None, **settings: Any) -> None:
     """Both engines run the same layers on the same inputs, so that their gradients differ by the order of a few sums.
 
     In half precision a gradient that two branches add up to is rounded once more or once less: a few times eps of the
     dtype that gradients have.
     """
-    model = patched(name, **settings)
-    witnesses = StreamWitness.on_every_stack(model)
-    loss, found = step(model, autocast)
-    for witness in witnesses:
-        witness.assert_exact(len(witness.before))
-        assert witness.before
-    expected_loss, expected = step(patched(name, engine="autograd", **settings), autocast)
-    assert loss == expected_loss
+    found, expected = both_engines(
+        lambda engine: patched(name, engine=engine, **settings), lambda model: step(model, autocast)
+    )
     assert all(torch.isfinite(gradient).all() for gradient in found.values())
     narrow = autocast or settings.get("dtype", torch.float32)
-    bound = 1e-5 if narrow == torch.float32 else 8 * torch.finfo(narrow).eps
+    bound = FP32_BOUND if narrow == torch.float32 else 8 * torch.finfo(narrow).eps
     assert worst_error(found, expected, floor=1e-3) <= bound
 
 

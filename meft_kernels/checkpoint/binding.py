@@ -11,7 +11,6 @@ from typing import Any
 
 import huggingface_hub
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 from transformers.utils import SAFE_WEIGHTS_NAME
@@ -19,7 +18,7 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 from ..errors import PatchError
 from ..state import find_state
 from .files import CARD_NAME, CONFIG_NAME, WEIGHTS_NAME, saved_names, write_whole
-from .save import save_adapter, writes
+from .save import is_distributed, save_adapter, writes
 
 
 class SavePretrained:
@@ -45,7 +44,7 @@ class SavePretrained:
 
         Those about how a whole model is cut into files mean nothing here.
         """
-        if not is_main_process and not (dist.is_available() and dist.is_initialized()):
+        if not is_main_process and not is_distributed():
             return
         save_adapter(self.model, save_directory, state_dict=state_dict)
         if not is_main_process or not writes():

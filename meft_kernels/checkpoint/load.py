@@ -74,7 +74,7 @@ def load_adapter(model: Model, directory: str | os.PathLike[str], adapter_name: 
             raise
         return model
     name = adapter_name or state.active
-    if new := name not in (state.active, *state.inactive):
+    if new := name not in state.adapter_names:
         own = _with_own(config, state.config, _RUN_SETTINGS)
         check_same_settings(
             state.config, dataclasses.replace(own, **{s: getattr(state.config, s) for s in ADAPTER_SETTINGS})

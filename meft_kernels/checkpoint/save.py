@@ -7,7 +7,6 @@ import json
 import logging
 import os
 from collections.abc import Iterable, Mapping
-from contextlib import nullcontext
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -52,7 +51,7 @@ def save_adapter(
     """
     state = require_state(model)
     base = unwrap(model)
-    with nullcontext() if adapter_name in (None, state.active) else activated(model, str(adapter_name)):
+    with activated(model, state.active if adapter_name is None else adapter_name):
         names = saved_names(base, state)
         if not names:
             raise PatchError(
@@ -87,9 +86,14 @@ def save_adapter(
     write_whole(folder / CONFIG_NAME, lambda path: path.write_text(text, encoding="utf-8"))
 
 
+def is_distributed() -> bool:
+    """Whether there are other processes, which take part in gathering weights."""
+    return dist.is_available() and dist.is_initialized()
+
+
 def writes() -> bool:
     """Whether this process is the one that writes files."""
-    return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
+    return not is_distributed() or dist.get_rank() == 0
 
 
 def library_version() -> str:

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
+from transformers.utils import SAFE_WEIGHTS_NAME
 
 from ..checkpoint.files import CONFIG_NAME, WEIGHTS_NAME
 
 _NAME = re.compile(r"checkpoint-(\d+)")
-_STATE = "trainer_state.json"
+STATE = "trainer_state.json"
 _TORCH_FILES = ("optimizer.pt", "scheduler.pt", "rng_state.pth")
 
 
@@ -25,7 +26,7 @@ def find_checkpoints(out: Path) -> list[Path]:
 
 def trainer_state(checkpoint: Path) -> dict[str, Any]:
     """What a Trainer noted beside its weights: steps, log history."""
-    return dict(json.loads((checkpoint / _STATE).read_text(encoding="utf-8")))
+    return dict(json.loads((checkpoint / STATE).read_text(encoding="utf-8")))
 
 
 def what_is_missing(checkpoint: Path) -> str | None:
@@ -38,18 +39,18 @@ def what_is_missing(checkpoint: Path) -> str | None:
     try:
         state = trainer_state(checkpoint)
     except FileNotFoundError:
-        return f"it has no {_STATE}"
+        return f"it has no {STATE}"
     except (OSError, ValueError):
-        return f"its {_STATE} is damaged"
+        return f"its {STATE} is damaged"
     if checkpoint.name != f"checkpoint-{state.get('global_step')}":
-        return f"its {_STATE} is that of step {state.get('global_step')}"
+        return f"its {STATE} is that of step {state.get('global_step')}"
     for name in _TORCH_FILES:
         # A zip's directory is at its end.
         if not zipfile.is_zipfile(checkpoint / name):
             return f"its {name} is {'damaged' if (checkpoint / name).exists() else 'missing'}"
     if not (checkpoint / CONFIG_NAME).is_file():
         return f"it has no {CONFIG_NAME}"
-    for name in (WEIGHTS_NAME, "model.safetensors"):
+    for name in (WEIGHTS_NAME, SAFE_WEIGHTS_NAME):
         try:
             with safe_open(checkpoint / name, "pt"):
                 pass

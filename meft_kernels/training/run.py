@@ -22,7 +22,7 @@ from ..patching import patch
 from ..pretrained import Pretrained, find_pretrained
 from ..state import count_parameters
 from . import metrics
-from .checkpoints import find_checkpoints, trainer_state, what_is_missing
+from .checkpoints import STATE, find_checkpoints, trainer_state, what_is_missing
 from .data import Rows, encode, load_rows
 from .interruption import SaveAndStop
 from .progress import ShowProgress, WriteHistory, write_history
@@ -117,7 +117,7 @@ def train(given: Mapping[str, Any], out: Path, *, resume: bool, overwrite: bool,
         if checkpoint is not None and _is_finished(checkpoint):
             # A Trainer that is resumed past its last step would do one more.
             console.print(f"{checkpoint.name} is the last step's: nothing is left to train", highlight=False)
-            trainer.state = transformers.TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+            trainer.state = transformers.TrainerState.load_from_json(str(checkpoint / STATE))
             best = trainer.state.best_model_checkpoint if arguments.load_best_model_at_end else None
             load_adapter(model, best or checkpoint)
         else:

@@ -7,14 +7,14 @@ import difflib
 import types
 import typing
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import transformers
 
-from ..config import MeftConfig
+from ..config import MeftConfig, option
 from ..pretrained import NAMES
 from .sources import REVIEW_SETS
 
@@ -23,31 +23,27 @@ TASKS: tuple[Task, ...] = ("classification", "causal-lm")
 DTYPES = ("float32", "bfloat16", "float16")
 
 
-def _option(default: Any, text: str) -> Any:
-    return field(default=default, metadata={"help": text})
-
-
 @dataclass(frozen=True, kw_only=True)
 class DataSettings:
     """The section ``data``."""
 
-    source: str | None = _option(
+    source: str | None = option(
         None, "imdb, rotten_tomatoes, a .csv or .jsonl file, a folder of save_to_disk, a hub id"
     )
-    text: str = _option("text", "name of the column with the text")
-    label: str = _option("label", "name of the column with the class")
-    prompt: str = _option("prompt", "name of the column with what comes before the completion, not trained on")
-    completion: str = _option("completion", "name of the column with what is to follow the prompt")
-    messages: str = _option("messages", "name of the column with conversations; the assistant's turns are trained on")
-    split: str = _option("train", "part of the source to train on, if it has parts")
-    held_out_split: str | None = _option(None, "part that is held out; None: validation, or else test, if there is one")
-    held_out: int | float | None = _option(
+    text: str = option("text", "name of the column with the text")
+    label: str = option("label", "name of the column with the class")
+    prompt: str = option("prompt", "name of the column with what comes before the completion, not trained on")
+    completion: str = option("completion", "name of the column with what is to follow the prompt")
+    messages: str = option("messages", "name of the column with conversations; the assistant's turns are trained on")
+    split: str = option("train", "part of the source to train on, if it has parts")
+    held_out_split: str | None = option(None, "part that is held out; None: validation, or else test, if there is one")
+    held_out: int | float | None = option(
         None, "texts held out: a number, or a share below 1; None: a tenth, at most 1000, or all of held_out_split"
     )
-    train_texts: int | None = _option(None, "texts to train on; None: all others")
-    max_length: int = _option(256, "tokens of a text, at most; the rest is cut off")
-    packing: bool = _option(False, "causal-lm: texts of a batch in one row, without padding")
-    split_seed: int = _option(0, "decides which texts are held out; not changed by --seed, so that runs compare")
+    train_texts: int | None = option(None, "texts to train on; None: all others")
+    max_length: int = option(256, "tokens of a text, at most; the rest is cut off")
+    packing: bool = option(False, "causal-lm: texts of a batch in one row, without padding")
+    split_seed: int = option(0, "decides which texts are held out; not changed by --seed, so that runs compare")
 
     def __post_init__(self) -> None:
         _check_types(self, type(self), "data")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -32,6 +33,22 @@ def step(model: Any, batch: dict[str, Any], seed: int = 2) -> tuple[float, dict[
     gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
     return float(loss.detach()), gradients
+
+
+def both_engines(
+    make: Callable[[str], Any], run: Callable[[Any], tuple[float, dict[str, torch.Tensor]]]
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Gradients of the reversible engine and of plain autograd, once all inputs came back and the losses are equal.
+
+    ``make`` gives the same model for each engine, ``run`` its loss and gradients.
+    """
+    model = make("reversible")
+    witnesses = StreamWitness.on_every_stack(model)
+    loss, found = run(model)
+    assert_exact(witnesses)
+    expected_loss, expected = run(make("autograd"))
+    assert loss == expected_loss
+    return found, expected
 
 
 def outputs_of(output: Any) -> list[torch.Tensor]:

@@ -11,6 +11,7 @@ from torch import nn
 
 import meft_kernels
 from meft_kernels import adapters
+from meft_kernels.notices import warn_once
 from meft_kernels.ops.adapter import triton_forward as kernels
 from tests.models import (
     FAMILIES,
@@ -136,7 +137,7 @@ def test_what_kernels_cannot_serve() -> None:
 def test_fallback_says_why_once(caplog: pytest.LogCaptureFixture) -> None:
     model, batch = _on_device(tiny_llama(layers=2).train(), tiny_batch(tiny_llama(layers=1)))
     meft_kernels.patch(model, activation="mish", fraction_bits=20)
-    adapters._warn_once.cache_clear()
+    warn_once.cache_clear()
     with caplog.at_level(logging.WARNING):
         model(**batch).loss.backward()
     assert len([record for record in caplog.records if "no activation 'mish'" in record.message]) == 1
