@@ -18,6 +18,7 @@ from .architectures import LayerSpec
 from .compiling import compiled_for, why_not_compiled
 from .errors import ReversibleUsageError
 from .notices import warn_once
+from .replay import no_leaf
 from .variants import Branch, Plan
 
 if TYPE_CHECKING:
@@ -229,6 +230,6 @@ def differentiable(
         leaf = tensor.detach().requires_grad_()
         tensors.append(tensor)
         leaves.append(leaf)
-        return leaf
+        return no_leaf(leaf)
 
     return tensors, leaves, tree_map_only(torch.Tensor, detach, kwargs)

@@ -36,6 +36,15 @@ class AutocastState:
             yield
 
 
+def no_leaf(tensor: torch.Tensor) -> torch.Tensor:
+    """The same tensor as one that was computed, which is what a layer is given without us.
+
+    Autocast takes leaves for weights and keeps what it casts them to: until its block ends, and with the gradients of
+    all uses (queries, keys, values) added up in 16 bits.
+    """
+    return tensor.view_as(tensor)
+
+
 def draw_seed() -> int:
     """A seed from the global generator, so that ``torch.manual_seed`` decides it."""
     return int(torch.randint(2**62, (), dtype=torch.int64))

@@ -13,7 +13,7 @@ from .adapters import FusedBranch
 from .errors import ReversibleUsageError
 from .extras import Extras
 from .ops import Coupled
-from .replay import draw_seed, seeded
+from .replay import draw_seed, no_leaf, seeded
 from .tape import Tape
 from .variants import Branch, Lane, Plan
 
@@ -193,7 +193,7 @@ class Step:
                     self._note(lane, coupled)
                 else:
                     with torch.set_grad_enabled(recording):
-                        branch, extras = self._branch(lane, center_value.detach().requires_grad_(recording))
+                        branch, extras = self._branch(lane, no_leaf(center_value.detach().requires_grad_(recording)))
                     if extras is not None:
                         self.extras = Extras.of(extras)
                     branch = branch.detach()
@@ -263,26 +263,25 @@ class Step:
             y, center, dy, d_center = tape.x2, tape.x1, d_main, d_other
         center_value = tape.arithmetic.value(center, tape.dtype)
         owned = False  # d_center is autograd's
-        with tape.autocast.restored():
-            for lane in (plan.second, plan.first):
-                last = lane is plan.first
-                value_dtype = None if last else tape.dtype
-                if self._is_identity(lane):
-                    a, a_value, da = y, None if last else tape.arithmetic.value(y, tape.dtype), dy
-                else:
-                    wants_center = wants_input or not last
-                    # Before the branch's backward, which may write into dy: Liger's norms put their gradient there.
-                    da = dy * lane.coefficient
-                    given = _Given(y, center, center_value, dy, d_center, d_extras, owned, value_dtype, wants_center)
-                    a, a_value, checksum, d_center = self._undo(lane, given, gradients)
-                    del given
-                    tape.comparisons.append((self._where(lane), checksum == self.checksums[lane.name]))
-                    if lane.centered:
-                        d_center = d_center - da
-                    owned = True
-                y, center, dy, d_center = center, a, d_center, da
-                if a_value is not None:
-                    center_value = a_value
+        for lane in (plan.second, plan.first):
+            last = lane is plan.first
+            value_dtype = None if last else tape.dtype
+            if self._is_identity(lane):
+                a, a_value, da = y, None if last else tape.arithmetic.value(y, tape.dtype), dy
+            else:
+                wants_center = wants_input or not last
+                # Before the branch's backward, which may write into dy: Liger's norms put their gradient there.
+                da = dy * lane.coefficient
+                given = _Given(y, center, center_value, dy, d_center, d_extras, owned, value_dtype, wants_center)
+                a, a_value, checksum, d_center = self._undo(lane, given, gradients)
+                del given
+                tape.comparisons.append((self._where(lane), checksum == self.checksums[lane.name]))
+                if lane.centered:
+                    d_center = d_center - da
+                owned = True
+            y, center, dy, d_center = center, a, d_center, da
+            if a_value is not None:
+                center_value = a_value
         # two undone lanes leave (y, center) = (x2, x1)
         tape.x1, tape.x2, tape.position = center, y, self.position
         if tape.observer is not None:
@@ -304,7 +303,8 @@ class Step:
         """
         tape = self.tape
         center = given.center if lane.centered else None
-        fused = self._fused(lane, given.center_value)
+        with tape.autocast.restored():
+            fused = self._fused(lane, given.center_value)
         if fused is not None:
             undone = tape.arithmetic.uncouple_adapter(
                 given.y,
@@ -362,9 +362,10 @@ class Step:
             Its input, to differentiate by; what it gave, cut from its graph; and where the gradients of that and of the
             extras enter the graph, None where none flows.
         """
-        with torch.enable_grad():
+        # Autocast as in forward, but not for the branch's backward, whose products it would round.
+        with self.tape.autocast.restored(), torch.enable_grad():
             leaf = center_value.detach().requires_grad_()
-            branch, extras = self._branch(lane, leaf)
+            branch, extras = self._branch(lane, no_leaf(leaf))
         outputs = [branch] if extras is None else [branch, *self.extras.again(extras)]
         # An edge holds the graph and not the tensor: nothing but the branch's own backward needs what it gave.
         edges = [get_gradient_edge(output) if output.requires_grad else None for output in outputs]

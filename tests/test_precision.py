@@ -8,10 +8,11 @@ import pytest
 import torch
 
 import meft_kernels
+from meft_kernels.memory import LiveTensorMeter
 
 from .architectures.exactness import FP32_BOUND, both_engines
 from .architectures.zoo import batch_for, tiny
-from .models import TRAINABLE_START, VARIANTS, worst_error
+from .models import TRAINABLE_START, VARIANTS, tiny_bert, worst_error
 
 FAMILIES = ["llama", "bert", "t5"]
 
@@ -37,15 +38,19 @@ def step(model: Any, autocast: torch.dtype | None = None) -> tuple[float, dict[s
 def assert_engines_agree(name: str, *, autocast: torch.dtype | None = None, **settings: Any) -> None:
     """Both engines run the same layers on the same inputs, so that their gradients differ by the order of a few sums.
 
-    In half precision a gradient that two branches add up to is rounded once more or once less: a few times eps of the
-    dtype that gradients have.
+    Under autocast those sums are in float32 and only the rounding of their results to 16 bits can differ, here and
+    there: less than eps of the whole gradient. In half precision a gradient that two branches add up to is rounded once
+    more or once less: a few times eps of the dtype that gradients have.
     """
     found, expected = both_engines(
         lambda engine: patched(name, engine=engine, **settings), lambda model: step(model, autocast)
     )
     assert all(torch.isfinite(gradient).all() for gradient in found.values())
-    narrow = autocast or settings.get("dtype", torch.float32)
-    bound = FP32_BOUND if narrow == torch.float32 else 8 * torch.finfo(narrow).eps
+    dtype = settings.get("dtype", torch.float32)
+    if dtype != torch.float32:
+        bound = 8 * torch.finfo(dtype).eps
+    else:
+        bound = FP32_BOUND if autocast is None else torch.finfo(autocast).eps
     assert worst_error(found, expected, floor=1e-3) <= bound
 
 
@@ -75,6 +80,46 @@ def test_autocast_of_a_bfloat16_model_and_autocast_inside_autocast() -> None:
             inside = model(**batch_for(model)).loss
         inside.backward()
         assert inside.item() == step(patched("llama", engine=engine))[0]
+
+
+def test_autocast_keeps_nothing_of_a_layer() -> None:
+    """It keeps what it casts leaves to until its block ends: in BERT three projections read a layer's bare input."""
+    ids = torch.randint(1, 97, (4, 64))
+    kept = []
+    for layers in (2, 6):
+        model = meft_kernels.patch(tiny_bert(layers=layers), fraction_bits=16, **TRAINABLE_START).train()
+        with LiveTensorMeter() as meter, torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = model(input_ids=ids, labels=ids[:, 0] % 3).loss
+            kept.append(meter.live_bytes)
+        assert loss.requires_grad
+    cast_weights = 2 * sum(p.numel() for p in model.bert.encoder.layer[0].meft.parameters())
+    a_layer = (kept[1] - kept[0]) / 4 - cast_weights
+    elements = ids.numel() * model.config.hidden_size
+    assert a_layer < 1.1 * elements  # a byte of remainder an element; the cast of an input would be two more
+
+
+def test_modules_that_switch_autocast_off_run_without_in_recompute() -> None:
+    """As float32 islands inside a layer do."""
+    seen: list[tuple[bool, torch.dtype]] = []
+
+    def with_island(engine: str) -> Any:
+        model = patched("llama", engine=engine)
+        mlp = model.model.layers[1].mlp
+        own = mlp.forward
+
+        def island(x: torch.Tensor) -> torch.Tensor:
+            outside = torch.is_autocast_enabled("cpu")
+            with torch.autocast("cpu", enabled=False):
+                y = own(x.float())
+            seen.append((outside, y.dtype))
+            return y
+
+        mlp.forward = island
+        return model
+
+    found, expected = both_engines(with_island, lambda model: step(model, torch.bfloat16))
+    assert worst_error(found, expected, floor=1e-3) <= torch.finfo(torch.bfloat16).eps
+    assert seen == [(True, torch.float32)] * 3  # forward, recompute, and the other engine's forward
 
 
 def test_eval_under_autocast_is_what_training_computes() -> None:
