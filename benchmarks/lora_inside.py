@@ -23,10 +23,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import nn
 
 import meft_kernels
-from benchmarks.rivals import lora, real_batch, real_model
+from benchmarks.real import real_batch, real_model
 from meft_kernels.memory import LiveTensorMeter
 from meft_kernels.state import unwrap
 
@@ -40,7 +41,8 @@ METHODS: dict[str, dict[str, Any] | None] = {
 def build(base: nn.Module, method: str) -> nn.Module:
     """The model with the same fresh LoRA each time."""
     torch.manual_seed(0)
-    model: nn.Module = lora(base)
+    lora = LoraConfig(r=16, target_modules="all-linear")
+    model: nn.Module = get_peft_model(copy.deepcopy(base), lora)
     settings = METHODS[method]
     if settings is not None:
         meft_kernels.patch(model, adapters="none", **settings)

@@ -14,23 +14,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-import meft_kernels
-from benchmarks.rivals import RIVALS
+from meft_kernels import MeftConfig
+from meft_kernels.comparison.rivals import RIVALS, Budget
 from meft_kernels.memory import LiveTensorMeter
 from meft_kernels.state import unwrap
 
 HIDDEN_SIZE = 512
 
 
-def float_streams(model: nn.Module) -> nn.Module:
-    """Ours in float arithmetic, which keeps nothing per layer and whose inverse drifts with depth."""
-    return meft_kernels.patch(model, arithmetic="float")
-
-
-def measure(rival: str, layers: int, rows: int, tokens: int, dtype: torch.dtype) -> dict[str, Any]:
+def measure(name: str, layers: int, rows: int, tokens: int, dtype: torch.dtype) -> dict[str, Any]:
     """One training step of the decoder alone."""
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -38,14 +32,15 @@ def measure(rival: str, layers: int, rows: int, tokens: int, dtype: torch.dtype)
         num_attention_heads=8, num_key_value_heads=4, attn_implementation="sdpa",
     )  # fmt: skip
     base = LlamaForCausalLM(config).to(dtype).train()
-    model = float_streams(base) if rival == "meft_float" else RIVALS[rival](base)
+    budget = Budget.of(base, MeftConfig(arithmetic="float" if name == "meft_float" else "exact"))
+    model = RIVALS["meft" if name == "meft_float" else name].prepare(base, budget)
     decoder = unwrap(model).model
     ids = torch.randint(0, config.vocab_size, (rows, tokens))
 
     def loss() -> torch.Tensor:
         return decoder(input_ids=ids, use_cache=False).last_hidden_state.float().square().mean()
 
-    if rival.startswith("meft"):
+    if name.startswith("meft"):
         with torch.no_grad():
             loss()  # chooses fraction_bits
     with LiveTensorMeter() as meter:
@@ -53,7 +48,7 @@ def measure(rival: str, layers: int, rows: int, tokens: int, dtype: torch.dtype)
         kept = meter.live_bytes
         value.backward()
     elements = rows * tokens * HIDDEN_SIZE
-    return {"rival": rival, "layers": layers, "kept": kept / elements, "peak": meter.peak_bytes / elements}
+    return {"rival": name, "layers": layers, "kept": kept / elements, "peak": meter.peak_bytes / elements}
 
 
 def main() -> None:

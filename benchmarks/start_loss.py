@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 import meft_kernels
-from benchmarks.rivals import real_batch, real_model
+from benchmarks.real import real_batch, real_model
 from meft_kernels import MeftConfig
 from meft_kernels.state import unwrap
 

@@ -9,6 +9,7 @@ alike. Printed are medians, and the median over rounds of each rival's ratio to 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import statistics
 import time
@@ -18,7 +19,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.rivals import RIVALS, real_batch, real_model
+from benchmarks.real import real_batch, real_model
+from meft_kernels import MeftConfig
+from meft_kernels.comparison.rivals import RIVALS, Budget
 
 
 def step(model: nn.Module, batch: dict[str, torch.Tensor]) -> float:
@@ -40,7 +43,8 @@ def run(name: str, rivals: list[str], rows: int, tokens: int, rounds: int, dtype
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     base = real_model(name, dtype).to(device)
     batch = {key: value.to(device) for key, value in real_batch(name, rows, tokens).items()}
-    models = {rival: RIVALS[rival](base).train() for rival in rivals}
+    budget = Budget.of(base, MeftConfig())
+    models = {rival: RIVALS[rival].prepare(copy.deepcopy(base), budget).train() for rival in rivals}
     times: dict[str, list[float]] = {rival: [] for rival in rivals}
     for round_ in range(rounds + 1):
         for rival, model in models.items():

@@ -13,7 +13,7 @@ from transformers import (
 )
 
 import meft_kernels
-from meft_kernels.demo.data import Split, load_texts
+from meft_kernels.comparison.texts import Split, load_texts
 from meft_kernels.pretrained import find_model
 
 parser = argparse.ArgumentParser(description=__doc__)

@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 
 import meft_kernels
-from meft_kernels.demo.data import load_texts
+from meft_kernels.comparison.texts import load_texts
 from meft_kernels.pretrained import find_model
 
 parser = argparse.ArgumentParser(description=__doc__)

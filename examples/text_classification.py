@@ -8,7 +8,7 @@ from datasets import Dataset
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, Trainer, TrainingArguments
 
 import meft_kernels
-from meft_kernels.demo.data import Split, load_texts
+from meft_kernels.comparison.texts import Split, load_texts
 from meft_kernels.pretrained import find_model
 
 parser = argparse.ArgumentParser(description=__doc__)

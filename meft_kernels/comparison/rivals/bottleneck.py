@@ -1,0 +1,37 @@
+"""A bottleneck adapter parallel to every FFN (He et al. 2022), our own module without reversible streams."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from torch import nn
+
+from ...adapters import FfnTap
+from ...insertion import make_adapters
+from ...state import unwrap
+from ...targets import find_layers, find_spec, modules_to_train
+from .base import Budget, Rival
+
+
+class _AlwaysOn:
+    bypassed = False
+
+
+def bottleneck(model: Any, budget: Budget) -> nn.Module:
+    """Twice MEFT's rank, for MEFT has two adapters a layer."""
+    config = dataclasses.replace(budget.config, rank=2 * budget.config.rank)
+    spec = find_spec(model, config)
+    trained = modules_to_train(model, spec, config)
+    model.requires_grad_(False)
+    for name in trained:
+        model.get_submodule(name).requires_grad_(True)
+    for found in find_layers(unwrap(model), spec):
+        for layer in found.layers:
+            adapter = make_adapters(layer, found.hidden_size, model, spec, config)["ffn"]
+            layer.add_module("bottleneck", adapter)
+            FfnTap(adapter, _AlwaysOn()).follow(found.spec.ffn_reads(layer), found.spec.ffn_writes(layer))
+    return model
+
+
+RIVALS = (Rival("bottleneck", "parallel adapters", bottleneck),)

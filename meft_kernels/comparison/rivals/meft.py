@@ -1,0 +1,40 @@
+"""Ours: the three couplings in exact arithmetic, and a LoRA inside the reversible layers."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+from torch import nn
+
+from ...patching import patch
+from .base import Budget, Rival
+from .lora import lora
+
+
+def meft(model: nn.Module, budget: Budget, **settings: Any) -> nn.Module:
+    """The default settings but for ``settings``."""
+    return patch(model, dataclasses.replace(budget.config, **settings))
+
+
+def meft_lora(model: nn.Module, budget: Budget, **settings: Any) -> nn.Module:
+    """PEFT LoRA inside layers made reversible, in the place of our adapters: the whole budget is LoRA's."""
+    return patch(lora(model, budget), dataclasses.replace(budget.config, adapters="none", **settings))
+
+
+RIVALS = (
+    Rival("meft", "MEFT", meft, reversible=True),
+    *(
+        Rival(variant, f"MEFT ({variant})", functools.partial(meft, variant=variant), reversible=True)
+        for variant in ("meft1", "meft2", "meft3")
+    ),
+    Rival("meft_lora", "MEFT with LoRA inside", meft_lora, packages=("peft",), reversible=True),
+    Rival(
+        "meft_compiled",
+        "MEFT, layers compiled",
+        functools.partial(meft, compile_layers=True),
+        reversible=True,
+        dashed=True,
+    ),
+)
