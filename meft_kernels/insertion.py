@@ -11,6 +11,7 @@ from transformers.activations import ACT2FN
 from .adapters import Adapter
 from .architectures import ArchitectureSpec
 from .config import MeftConfig
+from .ops.coupling.api import FLOATS
 from .targets import fitting
 
 
@@ -26,7 +27,7 @@ def make_adapters(
     if config.adapters == "none":
         return {}
     weight = next(parameter for parameter in layer.parameters())
-    dtype = weight.dtype if weight.is_floating_point() else getattr(model, "dtype", torch.float32)
+    dtype = weight.dtype if weight.dtype in FLOATS else getattr(model, "dtype", torch.float32)  # packed otherwise
     with fitting(model):
         activation = config.activation or spec.activation(model.config)
         dropout = spec.dropout(model.config) if config.dropout is None else config.dropout

@@ -134,7 +134,8 @@ def check_trainable(model: nn.Module, lists: list[LayerList], config: MeftConfig
     if quantizer is not None and not getattr(quantizer, "is_trainable", True):
         raise UnsupportedModelError(
             f"the model is quantised by {type(quantizer).__name__}, which gives no gradients: load it with a method "
-            "that trains (bitsandbytes 4-bit, torchao), or dequantised"
+            "that trains (bitsandbytes, torchao), or dequantised (a GGUF file: "
+            "quantization_config=GgufConfig(dequantize=True))"
         )
     if (getattr(model, "_tp_size", None) or 1) > 1:
         raise UnsupportedModelError(
