@@ -73,7 +73,7 @@ def demo(
                 raise ValueError("--methods goes with --compare, and meft is always one of them")
         for module in ("datasets", *(("peft", "matplotlib") if compare else ())):
             require(module)  # before minutes of training, not after
-        task = Task(model, load_texts(data, held_out=1).classes)
+        task = Task.of(model, load_texts(data, held_out=1))
         recipe = dataclasses.replace(
             recipe_for(causal=task.causal),
             **given(
@@ -149,7 +149,7 @@ def verify(
         settings: dict[str, Any] = {"arithmetic": arithmetic, "coupling": coupling, "variant": variant, **chosen}
         config = MeftConfig.paper(variant, **chosen) if paper else MeftConfig(**settings)  # type: ignore[arg-type]
         texts = load_texts(data, held_out=batch_size, seed=seed)
-        task = Task(model, texts.classes, max_length=max_length)
+        task = Task.of(model, texts, max_length=max_length)
         device = default_device()
         network = task.load(dtype=to_dtype(dtype), device=device, seed=seed)
         torch.manual_seed(seed)

@@ -56,6 +56,16 @@ def tiny_bert(layers: int = 3, hidden_size: int = 64, **overrides: Any) -> BertF
     return BertForSequenceClassification(BertConfig(**{**settings, **overrides})).eval()
 
 
+def causal_folder(folder: Path) -> str:
+    """A two-layer Llama on disk, with MiniLM's tokenizer."""
+    from meft_kernels.pretrained import find_pretrained
+
+    tokenizer = find_pretrained("minilm").tokenizer
+    tiny_llama(2, 32, vocab_size=len(tokenizer)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
 FAMILIES = {"llama": tiny_llama, "bert": tiny_bert}
 
 

@@ -13,6 +13,8 @@ from meft_kernels.comparison.texts import batch_indices, load_texts
 from meft_kernels.packages import MissingPackageError
 from meft_kernels.state import count_parameters
 
+from .models import causal_folder
+
 # PEFT 0.21 asks transformers 5.23 for an attribute under its old name.
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
 
@@ -148,23 +150,8 @@ def test_the_footprint_leaves_no_trace(minilm_task, minilm):
 
 
 @pytest.fixture(scope="module")
-def tiny_llama(tmp_path_factory, minilm_task):
-    """A two-layer causal model with MiniLM's tokenizer."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    folder = tmp_path_factory.mktemp("tiny-llama")
-    config = LlamaConfig(
-        vocab_size=len(minilm_task.tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-    )
-    torch.manual_seed(0)
-    LlamaForCausalLM(config).save_pretrained(folder)
-    minilm_task.tokenizer.save_pretrained(folder)
-    return str(folder)
+def tiny_llama(tmp_path_factory):
+    return causal_folder(tmp_path_factory.mktemp("tiny-llama"))
 
 
 def test_a_causal_model_is_asked_for_the_next_token(tiny_llama):
@@ -209,4 +196,4 @@ def test_accuracy_counts_what_is_right(minilm_task, minilm):
         batch = minilm_task.batch(Split(texts, [0] * 10), list(range(10)), device)
         answers = minilm_task.predictions(minilm(**batch).logits).tolist()
     labels = answers[:7] + [1 - answer for answer in answers[7:]]
-    assert minilm_task.accuracy(minilm, Split(texts, labels), batch_size=3, device=device) == 70
+    assert minilm_task.score(minilm, Split(texts, labels), batch_size=3, device=device) == 70

@@ -1,4 +1,4 @@
-"""Pretrained models by name or path, and how each kind of model is asked for the class of a text.
+"""Pretrained models by name or path, and what each kind of model is asked: the class of a text, or its next tokens.
 
 An encoder gets a new classification head. A causal language model needs none: after a prompt, the next token is the
 name of the class, and the loss is on that token only.
@@ -7,6 +7,8 @@ name of the class, and the loss is on that token only.
 from __future__ import annotations
 
 import inspect
+import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -14,21 +16,47 @@ import transformers
 from torch import nn
 
 from ..pretrained import find_pretrained
-from .texts import Split
+from ..training.metrics import token_losses
+from .texts import LabelledTexts, Metric, Prompt, Split
 
 Batch = dict[str, Any]
 
 
 class Task:
-    """Classifying texts with one kind of model: makes models, batches, and predictions."""
+    """Classifying texts with one kind of model: makes models, batches, and predictions.
 
-    def __init__(self, name: str, classes: tuple[str, ...], *, max_length: int = 128) -> None:
+    Without classes it is a regression, which encoders alone can do.
+    """
+
+    higher_is_better = True
+
+    def __init__(
+        self,
+        name: str,
+        classes: tuple[str, ...],
+        *,
+        max_length: int = 128,
+        prompt: Prompt | None = None,
+        metric: Metric = "accuracy",
+    ) -> None:
         self.pretrained = find_pretrained(name)
         self.classes = classes
         self.max_length = max_length
+        self.prompt = prompt or Prompt()
+        self.metric = metric
         self.tokenizer = self.pretrained.tokenizer
         self.causal = self.pretrained.causal
+        if self.causal and not classes:
+            raise ValueError(f"{name} is a causal language model, which names classes: a regression is for encoders")
         self.answers = self._answer_tokens() if self.causal else []
+        known = transformers.AutoModelForCausalLM._model_mapping
+        made = known[type(self.pretrained.config)] if type(self.pretrained.config) in known else None
+        self._short_logits = made is not None and "logits_to_keep" in inspect.signature(made.forward).parameters
+
+    @classmethod
+    def of(cls, name: str, texts: LabelledTexts, *, max_length: int = 128) -> Task:
+        """The task that the texts are for."""
+        return cls(name, texts.classes, max_length=max_length, prompt=texts.prompt, metric=texts.metric)
 
     def _answer_tokens(self) -> list[int]:
         """The first token of each class's name as it follows the prompt."""
@@ -45,32 +73,35 @@ class Task:
             model = self.pretrained.load(transformers.AutoModelForCausalLM, dtype=dtype)
         else:
             auto = transformers.AutoModelForSequenceClassification
-            model = self.pretrained.load(auto, dtype=dtype, num_labels=len(self.classes))
-        # On the class, because patching rebinds nothing there but PEFT wraps the object.
-        self._short_logits = "logits_to_keep" in inspect.signature(type(model).forward).parameters
+            model = self.pretrained.load(auto, dtype=dtype, num_labels=len(self.classes) or 1)
         placed: nn.Module = model.to(device)
         return placed
 
     def batch(self, split: Split, indices: list[int], device: torch.device) -> Batch:
         """The keyword arguments of the model's forward, ``labels`` among them."""
-        texts = [split.texts[i] for i in indices]
-        labels = torch.tensor([split.labels[i] for i in indices])
+        chosen = split.take(indices)
+        labels = torch.tensor(chosen.labels, dtype=torch.long if self.classes else torch.float32)
         if self.causal:
-            made = self._prompts(texts, labels)
+            made = self._prompts(chosen, labels)
         else:
             options = {"padding": True, "truncation": True, "max_length": self.max_length, "return_tensors": "pt"}
-            made = {**self.tokenizer(texts, **options), "labels": labels}
+            made = {**self.tokenizer(chosen.texts, chosen.pairs, **options), "labels": labels}
         return {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in made.items()}
 
-    def _prompts(self, texts: list[str], labels: torch.Tensor) -> Batch:
-        """Prompt and answer, padded on the left so that every answer is the last token."""
-        head = self.tokenizer("Review:").input_ids
-        tail = self.tokenizer("\nSentiment:", add_special_tokens=False).input_ids
-        room = self.max_length - len(head) - len(tail) - 1
-        rows = [
-            [*head, *self.tokenizer(f" {text}", add_special_tokens=False).input_ids[:room], *tail, self.answers[label]]
-            for text, label in zip(texts, labels.tolist(), strict=True)
-        ]
+    def _prompts(self, split: Split, labels: torch.Tensor) -> Batch:
+        """Prompt and answer, padded on the left so that every answer is the last token. Long texts lose their end."""
+
+        def tokens(text: str) -> list[int]:
+            return list(self.tokenizer(text, add_special_tokens=False).input_ids)
+
+        head, tail = self.tokenizer(self.prompt.head).input_ids, tokens(self.prompt.tail)
+        middle = [] if split.pairs is None else tokens(self.prompt.middle)
+        room = self.max_length - len(head) - len(middle) - len(tail) - 1
+        seconds = split.pairs or [""] * len(split)
+        rows = []
+        for text, second, label in zip(split.texts, seconds, labels.tolist(), strict=True):
+            after = tokens(f" {second}")[: room // 2] if middle else []
+            rows.append([*head, *tokens(f" {text}")[: room - len(after)], *middle, *after, *tail, self.answers[label]])
         width = max(map(len, rows))
         input_ids = torch.full((len(rows), width), self.tokenizer.pad_token_id)
         attention_mask = torch.zeros_like(input_ids)
@@ -84,20 +115,60 @@ class Task:
         return {**batch, "logits_to_keep": keep} if self._short_logits else batch
 
     def predictions(self, logits: torch.Tensor) -> torch.Tensor:
-        """The index of the class that the model prefers, for each text of a batch."""
+        """The index of the class that the model prefers, for each text of a batch; a regression's number."""
+        if not self.classes:
+            return logits.squeeze(-1)
         return (logits[:, -2, self.answers] if self.causal else logits).argmax(-1)
 
-    def accuracy(self, model: nn.Module, split: Split, *, batch_size: int, device: torch.device) -> float:
-        """Percent of ``split`` that the model gets right, in eval mode; the model's mode is put back."""
+    def score(self, model: nn.Module, split: Split, *, batch_size: int, device: torch.device) -> float:
+        """Percent of ``split`` that the model gets right, or 100 times the correlation, in eval mode.
+
+        The model's mode is put back.
+        """
+        predicted = torch.zeros(len(split), dtype=torch.float64)
+        for indices, output in self._outputs(model, split, batch_size, device):
+            predicted[indices] = self.predictions(output.logits).double().cpu()
+        expected = torch.tensor(split.labels, dtype=torch.float64)
+        if self.metric == "accuracy":
+            return 100 * float((predicted == expected).double().mean())
+        correlation = float(torch.corrcoef(torch.stack([predicted, expected]))[0, 1])
+        return 0.0 if math.isnan(correlation) else 100 * correlation  # every prediction is the same
+
+    def _outputs(
+        self, model: nn.Module, split: Split, batch_size: int, device: torch.device
+    ) -> Iterator[tuple[list[int], Any]]:
+        """What the model gives for each batch, texts of like length together."""
         was_training = model.training
         model.eval()
         by_length = sorted(range(len(split)), key=lambda i: len(split.texts[i]))
-        right = 0
-        with torch.no_grad():
-            for start in range(0, len(split), batch_size):
-                indices = by_length[start : start + batch_size]
-                logits = model(**self.batch(split, indices, device)).logits
-                expected = torch.tensor([split.labels[i] for i in indices], device=device)
-                right += int((self.predictions(logits) == expected).sum())
+        for start in range(0, len(split), batch_size):
+            indices = by_length[start : start + batch_size]
+            with torch.no_grad():
+                output = model(**self.batch(split, indices, device))
+            yield indices, output
         model.train(was_training)
-        return 100 * right / len(split)
+
+
+class LanguageTask(Task):
+    """The next token of plain texts; the score is the mean loss of all held-out tokens, in nats."""
+
+    higher_is_better = False
+
+    def __init__(self, name: str, *, max_length: int = 128) -> None:
+        super().__init__(name, ("no", "yes"), max_length=max_length, metric="loss")
+        if not self.causal:
+            raise ValueError(f"{name} is no causal language model")
+
+    def batch(self, split: Split, indices: list[int], device: torch.device) -> Batch:
+        """Texts as they are, padded on the right."""
+        options = {"padding": True, "truncation": True, "max_length": self.max_length, "return_tensors": "pt"}
+        encoded = self.tokenizer([split.texts[i] for i in indices], padding_side="right", **options)
+        ids, mask = encoded["input_ids"].to(device), encoded["attention_mask"].to(device)
+        return {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
+
+    def score(self, model: nn.Module, split: Split, *, batch_size: int, device: torch.device) -> float:
+        """Nats per token, in eval mode; lower is better."""
+        sums = torch.zeros(2, dtype=torch.float64)
+        for indices, output in self._outputs(model, split, batch_size, device):
+            sums += token_losses(output.logits, self.batch(split, indices, device)["labels"]).sum(0).cpu()
+        return float(sums[0] / sums[1])

@@ -1,10 +1,10 @@
-"""Labelled texts: two sets of film reviews that come with a pip package, or any CSV file."""
+"""Labelled texts: film reviews that come with a pip package, any CSV file, GLUE, or questions and answers."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -13,19 +13,32 @@ from ..training.sources import REVIEW_SETS, open_rows
 
 _BINARY_NAMES = ("negative", "positive")
 
+Metric = Literal["accuracy", "correlation", "loss"]
+
 
 @dataclass(frozen=True)
 class Split:
-    """Texts and the index of each one's class."""
+    """Texts, second texts where they are pairs, and the index of each one's class (a number where there are none)."""
 
     texts: list[str]
-    labels: list[int]
+    labels: list[Any]
+    pairs: list[str] | None = None
 
     def __len__(self) -> int:
         return len(self.texts)
 
     def take(self, indices: list[int]) -> Split:
-        return Split([self.texts[i] for i in indices], [self.labels[i] for i in indices])
+        pairs = None if self.pairs is None else [self.pairs[i] for i in indices]
+        return Split([self.texts[i] for i in indices], [self.labels[i] for i in indices], pairs)
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What a causal model reads around a text, before it names the class: ``head text [middle pair] tail class``."""
+
+    head: str = "Review:"
+    tail: str = "\nSentiment:"
+    middle: str = "\nSecond:"
 
 
 @dataclass(frozen=True)
@@ -36,21 +49,31 @@ class LabelledTexts:
     classes: tuple[str, ...]
     train: Split
     held_out: Split
+    prompt: Prompt = Prompt()
+    metric: Metric = "accuracy"
 
 
 def load_texts(name: str, *, held_out: int = 1024, train: int | None = None, seed: int = 0) -> LabelledTexts:
-    """``rotten_tomatoes``, ``imdb``, or a CSV file with the columns text and label.
+    """``rotten_tomatoes``, ``imdb``, a CSV file with the columns text and label, or a name of :mod:`.suites`.
 
-    The same seed gives the same split. Repeated texts are dropped, or one could be in both parts.
+    The same seed gives the same split. Repeated texts are dropped, or one could be in both parts. Suites come split:
+    there the held-out texts are drawn from their own validation set.
 
     Raises:
         ValueError: no such set or file, missing columns, fewer than two classes, or too few rows.
         MissingPackageError: the package with the reviews, or ``datasets``, is not installed.
     """
+    from .suites import SUITES, load_suite
+
     require("datasets")
+    if name.partition("=")[0] in SUITES:
+        return load_suite(name, held_out=held_out, train=train, seed=seed)
     path = Path(name)
     if name not in REVIEW_SETS and (path.suffix != ".csv" or not path.is_file()):
-        raise ValueError(f"--data is one of {', '.join(REVIEW_SETS)} or an existing .csv file, not {name!r}")
+        raise ValueError(
+            f"--data is one of {', '.join(REVIEW_SETS)} or an existing .csv file, not {name!r}; and of "
+            f"{', '.join(SUITES)}"
+        )
     rows, _ = open_rows(name)
     if missing := {"text", "label"} - set(rows.column_names):
         raise ValueError(f"{name} has no column {' and no column '.join(sorted(missing))}; it has {rows.column_names}")

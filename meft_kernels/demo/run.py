@@ -147,7 +147,7 @@ def _train_one(
 
 
 def _accuracy(demo: Demo, task: Task, model: nn.Module, data: LabelledTexts) -> float:
-    return task.accuracy(model, data.held_out, batch_size=64, device=demo.device)
+    return task.score(model, data.held_out, batch_size=64, device=demo.device)
 
 
 def _same_after_reload(demo: Demo, task: Task, model: nn.Module, data: LabelledTexts) -> bool:
