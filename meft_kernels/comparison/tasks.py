@@ -50,7 +50,7 @@ class Task:
             raise ValueError(f"{name} is a causal language model, which names classes: a regression is for encoders")
         self.answers = self._answer_tokens() if self.causal else []
         known = transformers.AutoModelForCausalLM._model_mapping
-        made = known[type(self.pretrained.config)] if type(self.pretrained.config) in known else None
+        made = known.get(type(self.pretrained.config), None)
         self._short_logits = made is not None and "logits_to_keep" in inspect.signature(made.forward).parameters
 
     @classmethod
