@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -161,7 +162,22 @@ class MeftConfig:
             "down_init_std": 0.02,
             "up_init_std": 0.02,
         }
-        return cls(**{**settings, **overrides})
+        return cls(**settings).changed(**overrides)
+
+    def changed(self, **settings: Any) -> MeftConfig:
+        """A copy with these settings.
+
+        Raises:
+            TypeError: a name is no setting.
+            ValueError: a value is not valid.
+        """
+        known = [f.name for f in dataclasses.fields(self)]
+        for name in settings:
+            if name not in known:
+                near = difflib.get_close_matches(name, known, n=1)
+                hint = f": did you mean {near[0]}?" if near else "."
+                raise TypeError(f"there is no setting {name!r}{hint} Known are {', '.join(sorted(known))}")
+        return dataclasses.replace(self, **settings)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON."""

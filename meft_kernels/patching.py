@@ -45,9 +45,10 @@ def patch(model: Model, config: MeftConfig | None = None, **overrides: Any) -> M
     Raises:
         UnsupportedModelError: no family serves this model, or it is in a state that cannot be trained.
         PatchError: already patched with other settings.
+        TypeError: there is no such setting.
         ValueError: a setting is out of range. Nothing has been changed when an error is raised.
     """
-    config = dataclasses.replace(config or MeftConfig(), **overrides)
+    config = (config or MeftConfig()).changed(**overrides)
     if (state := find_state(model)) is not None:
         check_same_settings(state.config, config)
         return model

@@ -70,7 +70,7 @@ def test_settings(settings: dict[str, Any], message: str) -> None:
 
 
 def test_unknown_setting_names_itself() -> None:
-    with pytest.raises(TypeError, match="rnak"):
+    with pytest.raises(TypeError, match="no setting 'rnak': did you mean rank"):
         meft_kernels.patch(tiny_llama(), rnak=8)
     with pytest.raises(ValueError, match="unknown settings rnak"):
         MeftConfig.from_dict({"rnak": 8})

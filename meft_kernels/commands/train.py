@@ -35,6 +35,8 @@ def train(
     seed: Annotated[int | None, typer.Option(help="training.seed")] = None,
     variant: Annotated[str | None, typer.Option(help="meft.variant: meft1, meft2 or meft3")] = None,
     rank: Annotated[int | None, typer.Option(help="meft.rank")] = None,
+    text: Annotated[str | None, typer.Option(help="data.text: name of the column with the text")] = None,
+    label: Annotated[str | None, typer.Option(help="data.label: name of the column with the class")] = None,
     max_length: Annotated[int | None, typer.Option(help="data.max_length")] = None,
     train_texts: Annotated[int | None, typer.Option(help="data.train_texts")] = None,
     held_out: Annotated[float | None, typer.Option(help="data.held_out: a number of texts, or a share")] = None,
@@ -62,7 +64,9 @@ def train(
             held_out = int(held_out)
         flags: dict[str, Any] = {
             **given(model=model, task=task, dtype=dtype),
-            "data": given(source=data, max_length=max_length, train_texts=train_texts, held_out=held_out),
+            "data": given(
+                source=data, text=text, label=label, max_length=max_length, train_texts=train_texts, held_out=held_out
+            ),
             "meft": given(variant=variant, rank=rank),
             "training": given(
                 num_train_epochs=epochs,
@@ -90,6 +94,9 @@ def train(
 
     console.print(f"held out: {describe_metrics(outcome.metrics)}", highlight=False)
     console.print(f"written to {out}: {', '.join((ADAPTER, METRICS, SETTINGS, HISTORY))}", highlight=False)
+    auto_class = "ForSequenceClassification" if "accuracy" in outcome.metrics else "ForCausalLM"
+    use = f'meft_kernels.AutoMeftModel{auto_class}.from_pretrained("{out / ADAPTER}")'
+    console.print(f"use it: {use}", highlight=False, markup=False, soft_wrap=True)
 
 
 def _resume_command(out: Path) -> str:

@@ -122,7 +122,8 @@ def _choose(
     wanted = " or ".join(" and ".join(columns) for task, columns in layouts if requested in (None, task))
     raise ValueError(
         f"{name} has the columns {', '.join(present)}; wanted {'' if requested is None else f'for {requested} '}is "
-        f"{wanted}. Other names: the settings text, label, prompt, completion, messages of the section data"
+        f"{wanted}. Other names: --text and --label, or text, label, prompt, completion, messages in the section data "
+        "of --config"
     )
 
 
