@@ -48,9 +48,12 @@ def test_trainer_goes_on_in_another_world_size(tmp_path: Path) -> None:
 def test_accelerate(tmp_path: Path) -> None:
     """prepare, accumulate and clip_grad_norm_, started with `accelerate launch`: one process's weights."""
     script = "tests/isolated/check_accelerate.py"
-    for processes in (1, 2):
-        assert f"{processes} processes" in launch(processes, script, tmp_path / str(processes), launcher=ACCELERATE)
-    one, two = ({**load_file(tmp_path / name / "adapter_model.safetensors")} for name in "12")
-    states = [{key: weights.pop(key) for key in list(weights) if "_extra_state" in key} for weights in (one, two)]
-    assert all(torch.equal(state, states[1][key]) for key, state in states[0].items())
-    assert worst_error(two, one) <= 1e-5
+    found = []
+    for processes, engine in ((1, "ddp"), (2, "ddp"), (2, "fsdp2")):
+        folder = tmp_path / f"{engine}-{processes}"
+        assert f"{processes} processes" in launch(processes, script, folder, engine, launcher=ACCELERATE)
+        found.append({**load_file(folder / "adapter_model.safetensors")})
+    states = [{key: weights.pop(key) for key in list(weights) if "_extra_state" in key} for weights in found]
+    for weights, state in zip(found[1:], states[1:], strict=True):
+        assert all(torch.equal(value, state[key]) for key, value in states[0].items())
+        assert worst_error(weights, found[0]) <= 1e-5
