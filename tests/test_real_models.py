@@ -119,6 +119,21 @@ def change_of_loss(model: nn.Module, batch: dict[str, torch.Tensor]) -> float:
     return abs(start - base)
 
 
+def test_smollm2_comes_back_from_its_adapters_folder(smollm2: nn.Module, tmp_path: Path) -> None:
+    """Its package is a folder with a GGUF file and no config.json."""
+    batch = real_text(1, 16)
+    try:
+        meft_kernels.patch(smollm2, **TRAINABLE_START)
+        with torch.no_grad():
+            logits = smollm2(**batch).logits
+        meft_kernels.save_adapter(smollm2, tmp_path)
+    finally:
+        meft_kernels.unpatch(smollm2)
+    again = meft_kernels.AutoMeftModelForCausalLM.from_pretrained(tmp_path)
+    with torch.no_grad():
+        assert torch.equal(again(**batch).logits, logits)
+
+
 def test_smollm2_keeps_its_start(smollm2: nn.Module) -> None:
     assert change_of_loss(smollm2, real_text(4, 96)) <= 0.01
 
