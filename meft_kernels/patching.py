@@ -45,9 +45,13 @@ def patch(model: Model, config: MeftConfig | None = None, **overrides: Any) -> M
     Raises:
         UnsupportedModelError: no family serves this model, or it is in a state that cannot be trained.
         PatchError: already patched with other settings.
-        TypeError: there is no such setting.
         ValueError: a setting is out of range. Nothing has been changed when an error is raised.
+        TypeError: a setting does not exist, or this is no model.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"patch takes a model, as from_pretrained gives it, not a {type(model).__name__}")
+    if not isinstance(config, MeftConfig | None):
+        raise TypeError(f"settings are given by name, as in patch(model, rank=8), or as a MeftConfig: not {config!r}")
     config = (config or MeftConfig()).changed(**overrides)
     if (state := find_state(model)) is not None:
         check_same_settings(state.config, config)

@@ -169,6 +169,16 @@ def test_data_that_cannot_serve(name: str, content: str, message: str, tmp_path:
         rows_of(tmp_path / name)
 
 
+def test_a_mistyped_column_makes_no_other_task_of_the_data(tmp_path: Path) -> None:
+    """Without the label, texts would be left, to train a language model on."""
+    rows = tmp_path / "a.csv"
+    rows.write_text("review,stars\na,0\nb,1\nc,0\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"data.label: .* has no column 'star'; it has review, stars"):
+        rows_of(rows, text="review", label="star")
+    assert rows_of(rows, text="review", label="stars").task == "classification"
+    assert rows_of(rows, "causal-lm", text="review", label="star").task == "causal-lm"  # asked for: no label is needed
+
+
 @pytest.mark.parametrize("name", ["amazon", "missing.csv", "rows.parquet", "a/b/c"])
 def test_names_that_are_no_data(name: str) -> None:
     with pytest.raises(ValueError, match=r"imdb|there is no file"):

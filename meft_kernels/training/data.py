@@ -16,6 +16,7 @@ from .sources import open_rows
 from .tokens import Encoder
 
 _MOST_HELD_OUT = 1000
+_COLUMNS = ("text", "label", "prompt", "completion", "messages")
 Row = tuple[Any, ...]
 """(text, label), (text,), (prompt, completion) or (messages,)."""
 
@@ -116,14 +117,20 @@ def _choose(
         ("classification", (settings.text, settings.label)),
         ("causal-lm", (settings.text,)),
     ]
+    if requested is None:
+        # Of what is left another task might be made: a language model, where the name of the label was mistyped.
+        for setting in _COLUMNS:
+            column = getattr(settings, setting)
+            if column != getattr(DataSettings, setting) and column not in present:
+                raise ValueError(f"data.{setting}: {name} has no column {column!r}; it has {', '.join(present)}")
     for task, columns in layouts:
         if requested in (None, task) and set(columns) <= set(present):
             return task, columns
     wanted = " or ".join(" and ".join(columns) for task, columns in layouts if requested in (None, task))
     raise ValueError(
         f"{name} has the columns {', '.join(present)}; wanted {'' if requested is None else f'for {requested} '}is "
-        f"{wanted}. Other names: --text and --label, or text, label, prompt, completion, messages in the section data "
-        "of --config"
+        f"{wanted}. Other names: --text and --label, or in the YAML file of --config "
+        "'data: {text: review, label: stars}', prompt, completion and messages likewise"
     )
 
 
