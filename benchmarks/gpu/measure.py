@@ -26,6 +26,7 @@ UNTIL = "MEFT_BENCHMARK_UNTIL"
 START_AGAIN = 3
 """Exit status of a worker whose CUDA context is broken: another process can go on."""
 LEARNING_RATE = 1e-5
+DOES_NOT_FIT = "does not fit (OutOfMemoryError)"
 
 
 def seconds_left() -> float:
@@ -146,7 +147,7 @@ def attempt(progress: Progress, name: str, device: torch.device, work: Callable[
     try:
         return work()
     except torch.OutOfMemoryError:
-        reason = "does not fit (OutOfMemoryError)"
+        reason = DOES_NOT_FIT
     except (UnavailableRivalError, MissingPackageError) as error:
         reason = str(error)
     except Exception as error:  # whatever a rival does wrong, the others go on

@@ -34,14 +34,14 @@ def pieces(rivals: tuple[str, ...], *, tiny: bool) -> list[Piece]:
     common: dict[str, Any] = {"rank": 4 if tiny else 64, "tiny": tiny}
     first: dict[str, Any] = {**common, "rows": 2, "tokens": 16 if tiny else 128}
     made = [
-        Piece("correctness", "correctness", first, correctness.ITEMS, 75),
+        Piece("correctness", "correctness", first, correctness.ITEMS, 90),
         Piece("kernels", "kernels", {"tiny": tiny, "rounds": 2}, tuple(bandwidth.cases(tiny=tiny)), 60),
     ]
 
     def step(model: str, rows: int, tokens: int, weight: float) -> Piece:
         settings = {"model": model, "rows": rows, "tokens": tokens, "dtype": "bfloat16", "rounds": 7, "steps": 2}
         if tiny:
-            settings.update(rows=2, tokens=tokens // 128, rounds=2, steps=1)
+            settings.update(rows=2, tokens=max(4, tokens // 128), rounds=2, steps=1)
         items = (*training.REFERENCES, *(name for name in rivals if name not in training.REFERENCES))
         return Piece(f"step-{model}-{rows}x{tokens}", "step", {**common, **settings}, items, weight)
 

@@ -54,6 +54,7 @@ class Progress:
     items: dict[str, dict[str, Any]] = field(default_factory=dict)
     running: str | None = None
     notes: dict[str, Any] = field(default_factory=dict)
+    _record: Record | None = field(default=None, repr=False)
 
     @classmethod
     def load(cls, piece: Piece, folder: Path, device: torch.device | None = None, *, again: bool = False) -> Progress:
@@ -93,8 +94,10 @@ class Progress:
         return {"items": self.items, "running": self.running, "notes": self.notes}
 
     def _write(self) -> None:
-        assert self.device is not None, "only the process that measures writes"
-        Record.now(kind_of(self.piece), self.piece.settings, self._figures(), self.device).write(self.path)
+        if self._record is None:  # asked for once: a device that a rival has broken no longer tells its name
+            assert self.device is not None, "only the process that measures writes"
+            self._record = Record.now(kind_of(self.piece), self.piece.settings, None, self.device)
+        dataclasses.replace(self._record, figures=self._figures()).write(self.path)
 
 
 def kind_of(piece: Piece) -> str:

@@ -13,12 +13,19 @@ from meft_kernels.comparison.records import Record
 from meft_kernels.comparison.rivals import RIVALS
 from meft_kernels.packages import MissingPackageError, require
 
+from .measure import DOES_NOT_FIT
 from .pieces import RUN
 from .progress import Piece, Progress
+from .training import ORDER
 
 MIB = 2**20
 BASELINE = "lora_checkpointing"
-Items = dict[str, dict[str, Any]]
+
+
+def in_order(record: Record) -> list[tuple[str, dict[str, Any]]]:
+    """Rivals with their outcomes as the comparison lists them, whenever they were measured."""
+    places = {name: place for place, name in enumerate(ORDER)}
+    return sorted(record.figures["items"].items(), key=lambda item: places.get(item[0], len(places)))
 
 
 def summarise(folder: Path, pieces: list[Piece], not_run: dict[str, str]) -> int:
@@ -91,7 +98,7 @@ def _kernels(name: str, record: Record) -> Iterator[Table]:
 def _step(name: str, record: Record) -> Iterator[Table]:
     columns = ("ms/step", "x LoRA+ckpt", "tokens/s", "kept MiB", "peak MiB", "weights MiB", "trained", "timed in")
     table = _table(name, record, "rival", *columns)
-    for rival, found in record.figures["items"].items():
+    for rival, found in in_order(record):
         title = RIVALS[rival].title
         if "peak_bytes" not in found:
             table.add_row(title, *["-"] * 7, found.get("reason", "-"))
@@ -130,14 +137,12 @@ def draw(steps: dict[str, Record], path: Path) -> str | None:
     """Step time and peak relative to LoRA with checkpointing, a row of axes for each model and batch."""
     rows = {}
     for name, record in steps.items():
-        items: Items = record.figures["items"]
-        baseline = items.get(BASELINE, {})
-        peak = baseline.get("peak_bytes")
+        peak = record.figures["items"].get(BASELINE, {}).get("peak_bytes")
         if peak:
             rows[name] = {
-                rival: (found.get("over", {}).get(BASELINE), found["peak_bytes"] / peak)
-                for rival, found in items.items()
-                if "peak_bytes" in found
+                rival: (found.get("over", {}).get(BASELINE), found["peak_bytes"] / peak if "peak_bytes" in found else 0)
+                for rival, found in in_order(record)
+                if "peak_bytes" in found or found.get("reason") == DOES_NOT_FIT
             }
     if not rows:
         return None
@@ -158,7 +163,7 @@ def draw(steps: dict[str, Record], path: Path) -> str | None:
         for place, (axis, label) in enumerate(zip(axes, ("time of a step", "peak besides weights"), strict=True)):
             values = [pair[place] or 0.0 for pair in found.values()]
             bars = axis.barh(range(len(titles)), values, color=colours)
-            axis.bar_label(bars, [f"{value:.2f}" if value else "not timed" for value in values], fontsize=7)
+            axis.bar_label(bars, [f"{value:.2f}" if value else "none, see the table" for value in values], fontsize=7)
             axis.axvline(1, color="black", linewidth=0.8)
             axis.set_yticks(range(len(titles)), titles if not place else [""] * len(titles), fontsize=7)
             axis.set(title=f"{name}: {label}", xlim=(0, 1.2 * max(values or [1]) or 1))
