@@ -140,7 +140,7 @@ def test_the_longest_context(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     counted = measure.Runner.bytes
 
     def limited(self: measure.Runner) -> dict[str, int]:
-        if self.batch["input_ids"].shape[1] > 32:
+        if self.batch["input_ids"].shape[1] > 40:
             raise torch.OutOfMemoryError
         return counted(self)
 
@@ -148,8 +148,8 @@ def test_the_longest_context(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     piece = _piece(name="context-llama-3.2-1b")
     context.run(Progress.load(piece, tmp_path, CPU), CPU)
     for found in _items(tmp_path, piece.name).values():
-        assert (found["longest"], found["stopped"]) == (32, "64 tokens do not fit")
-        assert [step["tokens"] for step in found["steps"]] == [16, 32]
+        assert (found["longest"], found["stopped"]) == (40, "48 tokens do not fit")
+        assert [step["tokens"] for step in found["steps"]] == [16, 32, 40]
     piece = dataclasses.replace(piece, settings={**piece.settings, "from": 64})
     context.run(Progress.load(piece, tmp_path, CPU), CPU)
     assert _items(tmp_path, piece.name)["meft"]["reason"] == measure.DOES_NOT_FIT
@@ -252,14 +252,15 @@ def test_says_what_it_needs(
     with pytest.raises(SystemExit):
         schedule.main(["--only", "nothing"])
     assert "the pieces are correctness, kernels, step-bert-base-32x512" in capsys.readouterr().err
-    answers = iter(["", "NVIDIA H100 80GB HBM3\n"])
+    answers = iter([(1, "", "Traceback\nno driver\n"), (0, "NVIDIA H100 80GB HBM3\n", "")])
 
     def answer(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
-        return subprocess.CompletedProcess(command, 0, next(answers))
+        return subprocess.CompletedProcess(command, *next(answers))
 
     monkeypatch.setattr(schedule.subprocess, "run", answer)
     assert schedule.main(["--out", str(tmp_path), "--minutes", "0"]) == 2
-    assert "no CUDA device" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert printed.startswith("no driver\n") and "no CUDA device" in printed
     assert schedule.main(["--out", str(tmp_path), "--minutes", "0"]) == 0
     assert f"results in {tmp_path.name}/nvidia-h100-80gb-hbm3" in capsys.readouterr().out
 

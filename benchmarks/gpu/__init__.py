@@ -12,8 +12,8 @@ Nothing is downloaded: models have their real shapes and random weights, made on
 * ``kernels``: bandwidth of the fused ops (``benchmarks.kernels``).
 * ``step-*``: training steps (forward, backward, AdamW) of every rival that runs there: time, tokens per second, bytes
   kept after forward, bytes at the peak.
-* ``context-*``: the longest sequence of which a training step fits, doubling; the loss is on its last tokens only, or
-  the logits would decide.
+* ``context-*``: the longest sequence of which a training step fits, doubled until one does not, then to a quarter; the
+  loss is on its last tokens only, or the logits would decide.
 
 Each piece runs in a process of its own and is a :class:`~meft_kernels.comparison.records.Record` under
 ``benchmarks/results/gpu/<device>/``, written after every rival. So a run that was cut off goes on where it was: what
@@ -33,5 +33,6 @@ computes in float32 otherwise; the same batch of random tokens without padding, 
 steps are dropped: in them MEFT calibrates, and kernels are compiled.
 
 Bytes are what torch's allocator has given out, from before a step on, plus the optimiser's states: everything but the
-weights. On a CPU they are counted tensor by tensor.
+weights. On a CPU they are counted tensor by tensor. The allocator has expandable segments unless PYTORCH_ALLOC_CONF
+says otherwise, so that what one rival leaves in its cache is no obstacle to the next.
 """

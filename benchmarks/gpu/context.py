@@ -1,4 +1,4 @@
-"""The longest sequence of which a training step fits."""
+"""The longest sequence of which a training step fits: doubled until one does not, and then to a quarter."""
 
 from __future__ import annotations
 
@@ -36,30 +36,36 @@ def _longest(name: str, progress: Progress, base: nn.Module, budget: Budget) -> 
     device = next(base.parameters()).device
     if reason := RIVALS[name].why_unavailable(device):
         raise UnavailableRivalError(reason)
-    tokens, steps, took = settings["from"], list[dict[str, Any]](), 0.0
+    tokens, steps = settings["from"], list[dict[str, Any]]()
     runner = Runner.of(RIVALS[name], base, budget, batch_of(base, 1, tokens, loss_on=settings["loss_on"]))
     runner.step()  # calibrates, compiles
+    fits, too_long = 0, 0
     while True:
         runner.batch = batch_of(base, 1, tokens, loss_on=settings["loss_on"])
         try:
             found = runner.bytes()
             took = runner.seconds(1)
         except torch.OutOfMemoryError:
-            stopped = f"{tokens} tokens do not fit"
-            break
-        steps.append({"tokens": tokens, "seconds": took, "tokens_per_second": tokens / took, **found})
-        outcome = {"longest": tokens, "steps": steps, **runner.weights()}
-        progress.put(name, {**outcome, "unfinished": True})
-        progress.start(name)
+            too_long = tokens
+        else:
+            fits = tokens
+            steps.append({"tokens": tokens, "seconds": took, "tokens_per_second": tokens / took, **found})
+            progress.put(name, {"longest": fits, "steps": steps, "unfinished": True})
+            progress.start(name)
+        runner.optimizer.zero_grad(set_to_none=True)
         release(device)
-        tokens *= 2
+        if not fits:
+            raise torch.OutOfMemoryError(f"{tokens} tokens do not fit")
+        if too_long and 4 * (too_long - fits) <= fits:
+            stopped = f"{too_long} tokens do not fit"
+            break
+        tokens = (fits + too_long) // 2 if too_long else 2 * fits
         if tokens > settings["to"]:
             stopped = f"{tokens} tokens were not tried"
             break
         if seconds_left() < 10 * took:  # two steps, of up to four times the work
             stopped = f"no time for {tokens} tokens"
             break
-    if not steps:
-        raise torch.OutOfMemoryError(stopped)
+    outcome = {"longest": fits, "steps": steps, "stopped": stopped, **runner.weights()}
     # Where time ran out, a run with more of it goes further.
-    return {**outcome, "stopped": stopped, **({"unfinished": True} if stopped.startswith("no time") else {})}
+    return {**outcome, "unfinished": True} if stopped.startswith("no time") else outcome

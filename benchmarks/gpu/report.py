@@ -123,7 +123,7 @@ def _context(name: str, record: Record) -> Iterator[Table]:
         if not found.get("steps"):
             table.add_row(RIVALS[rival].title, *["-"] * 3, found.get("reason", "-"))
             continue
-        last = found["steps"][-1]
+        last = max(found["steps"], key=lambda step: step["tokens"])
         stopped = found.get("reason", found.get("stopped", "cut off"))
         cells = (f"{last['tokens']:,}", f"{last['peak_bytes'] / MIB:,.0f}", f"{last['seconds']:.2f}", stopped)
         table.add_row(RIVALS[rival].title, *cells)

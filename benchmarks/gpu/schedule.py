@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import os
 import signal
 import subprocess
@@ -27,6 +26,7 @@ OUT = "MEFT_BENCHMARK_OUT"
 """Environment: the worker's folder, which no recorded command should name."""
 LEAST_SECONDS = {"cuda": 20.0, "cpu": 5.0}
 """Less than that is not worth a process: it starts, imports, and builds a model first."""
+ALLOCATOR = {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
 BROKEN = f"ended with status {START_AGAIN}"
 """It has named the culprit itself."""
 GRACE = 0.15
@@ -84,6 +84,8 @@ def find_device(kind: str) -> str | None:
         return device_name(torch.device("cpu"))
     ask = "import torch; print(torch.cuda.get_device_name())"
     done = subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True, check=False)
+    if done.returncode:
+        print(last_line(done.stderr))
     return done.stdout.strip() or None
 
 
@@ -140,22 +142,22 @@ def start_worker(piece: Piece, options: argparse.Namespace, folder: Path, until:
     grace = GRACE * (until - time.time())
     command = [*WORKER, "--worker", piece.name, "--device", options.device]
     command += [*(["--tiny"] if options.tiny else []), "--rivals", *options.rivals]
-    environment = {**os.environ, UNTIL: str(until - grace), OUT: str(folder), "HF_HUB_OFFLINE": "1"}
+    environment = {**ALLOCATOR, **os.environ, UNTIL: str(until - grace), OUT: str(folder), "HF_HUB_OFFLINE": "1"}
     worker = subprocess.Popen(command, env=environment, stderr=log, start_new_session=True)
     try:
         status = worker.wait(max(0.0, until - time.time()))
     except subprocess.TimeoutExpired:
         return "was stopped, over its time"
     finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(worker.pid, signal.SIGKILL)  # the worker, if it still runs, and torch's compiling processes
-        worker.wait()
+        if worker.poll() is None:
+            os.killpg(worker.pid, signal.SIGKILL)  # and torch's compiling processes with it
+            worker.wait()
     return None if status == 0 else f"ended with status {status}"
 
 
-def last_line(log: Path) -> str:
-    """Of what a worker had to say."""
-    return one_line("\n".join(reversed(log.read_text(errors="replace").splitlines())))
+def last_line(text: str) -> str:
+    """Of what a process had to say before it died."""
+    return one_line("\n".join(reversed(text.splitlines())))
 
 
 def work(options: argparse.Namespace) -> int:
