@@ -28,9 +28,9 @@ and take turns in rounds of a few steps; printed are medians, and medians over r
 kinds are timed apart, against MEFT and LoRA with checkpointing in the same process: full fine-tuning, whose weights,
 gradients and optimiser states would crowd the others (blocks A-B-A), and what changes transformers for its whole
 process, Liger-Kernel and Unsloth (blocks A-B, as there is no way back). All train as many parameters as MEFT of rank
-64 (but for full and (IA)3), all weights and trained parameters are bfloat16, without autocast, because PEFT's LoRA
-computes in float32 otherwise; the same batch of random tokens without padding, the same fused AdamW. The first two
-steps are dropped: in them MEFT calibrates, and kernels are compiled.
+64 (but for full and (IA)3). All weights, trained ones and so AdamW's states too, are bfloat16, without autocast: PEFT
+would have LoRA in float32, and compute it so. The same batch of random tokens without padding, the same fused AdamW.
+The first two steps are dropped: in them MEFT calibrates, and kernels are compiled.
 
 Bytes are what torch's allocator has given out, from before a step on, plus the optimiser's states: everything but the
 weights. On a CPU they are counted tensor by tensor. The allocator has expandable segments unless PYTORCH_ALLOC_CONF

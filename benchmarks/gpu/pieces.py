@@ -34,8 +34,8 @@ def pieces(rivals: tuple[str, ...], *, tiny: bool) -> list[Piece]:
     common: dict[str, Any] = {"rank": 4 if tiny else 64, "tiny": tiny}
     first: dict[str, Any] = {**common, "rows": 2, "tokens": 16 if tiny else 128}
     made = [
-        Piece("correctness", "correctness", first, correctness.ITEMS, 90),
-        Piece("kernels", "kernels", {"tiny": tiny, "rounds": 2}, tuple(bandwidth.cases(tiny=tiny)), 60),
+        Piece("correctness", "correctness", first, correctness.ITEMS, 120),
+        Piece("kernels", "kernels", {"tiny": tiny, "rounds": 2}, tuple(bandwidth.cases(tiny=tiny)), 50),
     ]
 
     def step(model: str, rows: int, tokens: int, weight: float) -> Piece:

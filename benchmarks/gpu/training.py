@@ -24,6 +24,12 @@ ORDER = (
     "meft1_paper", "meft2_paper", "meft3_paper", "meft_compiled", "lora_liger", "lora_liger_checkpointing", "unsloth",
 )  # fmt: skip
 """Every rival but meft2, which MEFT's default is; the first ones matter most, should time run out."""
+NOTES = {
+    "weights": "one base of seed 0; its tensors are shared by all rivals, but for those that a rival trains",
+    "optimizer": "AdamW, fused on CUDA, states in the weights' dtype",
+    "autocast": "none",
+    "warm-up": "two steps, one of which bytes are counted, and one alone are not in seconds",
+}
 LEAST_ROUNDS = 3
 WARM_UP = 2
 SLOW_TO_PREPARE = {"meft_compiled": 45.0}
@@ -57,6 +63,7 @@ class Session:
         base = build(settings["model"], device, getattr(torch, settings["dtype"]), tiny=settings["tiny"])
         config = MeftConfig(rank=settings["rank"], adapter_dtype="model")
         warm_up_libraries(device, getattr(torch, settings["dtype"]))
+        progress.notes.update(NOTES)
         return cls(
             progress, device, base, batch_of(base, settings["rows"], settings["tokens"]), Budget.of(base, config)
         )
