@@ -1,0 +1,203 @@
+"""lam and beta from 1 to 1/256: how far the start is, what float streams lose, what is learnt, what exact ones keep."""
+
+from __future__ import annotations
+
+import statistics
+from typing import Any
+
+from meft_kernels.comparison.records import Record
+
+from . import streams, training
+from .inversion import depth_within
+from .shared import (
+    VARIANTS,
+    Finding,
+    Job,
+    Sizes,
+    change,
+    coefficients,
+    fraction,
+    mean_of,
+    of_kind,
+    percent,
+)
+
+CLAIM = "The paper: small coefficients start close to the pretrained model and cost the float inverse its precision."
+COUPLINGS: dict[str, tuple[int, dict[str, Any]]] = {
+    # The sign of ours, and the read-out that goes with each.
+    "centered": (-1, {"coupling": "centered", "readout": "state"}),
+    "paper": (1, {"coupling": "paper", "readout": "mean"}),
+}
+
+
+def _config(variant: str, coupling: str, q: int) -> dict[str, Any]:
+    sign, settings = COUPLINGS[coupling]
+    return {"variant": variant, **settings, **coefficients(variant, q, sign=sign)}
+
+
+def trained_config(variant: str, coupling: str, q: int) -> dict[str, Any]:
+    """For a training: without what is the default anyway, so that a run which others have made too is made once."""
+    config = _config(variant, coupling, q)
+    if coupling == "centered":
+        del config["coupling"], config["readout"]
+        if q == {"meft1": 256, "meft2": 256, "meft3": 64}[variant]:
+            return {"variant": variant}
+    return config
+
+
+def jobs(sizes: Sizes) -> list[Job]:
+    """What trains nothing first."""
+    made = []
+    for variant in VARIANTS:
+        for coupling in COUPLINGS:
+            configs = {str(q): _config(variant, coupling, q) for q in sizes.coefficients}
+            label = f"{variant}-{coupling}"
+            made += [
+                streams.start_job(sizes, label, name, configs) for name in (sizes.classifier, sizes.language_model)
+            ]
+            inexact = {q: {**config, "arithmetic": "float"} for q, config in configs.items()}
+            made += [
+                streams.inversion_job(sizes, f"by-coefficient-{label}", dtype, inexact)
+                for dtype in sizes.dtypes
+                if dtype != "float16"  # slow on a CPU, and between the other two
+            ]
+    for seed in sizes.seeds:
+        for q in sizes.trained_coefficients:
+            for coupling in COUPLINGS:
+                for variant in VARIANTS:
+                    config = trained_config(variant, coupling, q)
+                    made.append(training.job(sizes, f"{variant}-{coupling}-{q}", "meft", seed, config))
+    unique = {(job.kind, job.label): job for job in made}  # the quick sizes have one model in both places
+    return list(unique.values())
+
+
+def _described(record: Record) -> tuple[str, str]:
+    """(variant, coupling) of a record with many configs."""
+    config = next(iter(record.settings["configs"].values()))
+    return config["variant"], config["coupling"]
+
+
+def _starts(records: list[Record], variant: str, coupling: str) -> dict[str, dict[int, tuple[float, int]]]:
+    """By unit, then q: mean change, and bits that exact streams keep."""
+    return {
+        record.figures["unit"]: {
+            int(q): (statistics.mean(found["changes"]), found["bits"]) for q, found in record.figures["configs"].items()
+        }
+        for record in of_kind(records, streams.START)
+        if _described(record) == (variant, coupling)
+    }
+
+
+def _depths(records: list[Record], variant: str, coupling: str, dtype: str) -> dict[int, int | None]:
+    """By q: layers of float streams that can be undone within one percent; None where the forward overflows."""
+    return {
+        int(q): None if found["stopped"] else depth_within(found["error"])
+        for record in of_kind(records, streams.INVERSION)
+        if _described(record) == (variant, coupling) and record.settings["dtype"] == dtype
+        for q, found in record.figures.items()
+    }
+
+
+def _trained(records: list[Record], variant: str, coupling: str) -> dict[int, list[Record]]:
+    """By q, one run a seed."""
+    wanted = {q: trained_config(variant, coupling, q) for q in Sizes().coefficients}
+    found = {}
+    for q, config in wanted.items():
+        same = [
+            record
+            for record in of_kind(records, training.KIND)
+            if {name: value for name, value in record.settings["config"].items() if name not in _OF_ALL} == config
+        ]
+        if same:
+            found[q] = same
+    return found
+
+
+def _accuracy(records: list[Record], variant: str, coupling: str) -> dict[int, float]:
+    """By q, of trainings that came to their end."""
+    means = {q: mean_of(same, "accuracy") for q, same in _trained(records, variant, coupling).items()}
+    return {q: value for q, value in means.items() if value is not None}
+
+
+_OF_ALL = ("rank", "down_init_std")  # the recipe's, in every training
+
+
+def table(records: list[Record]) -> list[list[str]]:
+    rows = [
+        ["variant", "coupling", "lam, beta", "bits kept", "hidden states moved", "loss moved, nats",
+         "float32 layers within 1 %", "bfloat16", "accuracy, %"],
+    ]  # fmt: skip
+    for variant in VARIANTS:
+        for coupling in COUPLINGS:
+            starts = _starts(records, variant, coupling)
+            moved, nats = starts.get("relative", {}), starts.get("nats", {})
+            depths = [_depths(records, variant, coupling, dtype) for dtype in ("float32", "bfloat16")]
+            accuracy = {q: mean_of(same, "accuracy") for q, same in _trained(records, variant, coupling).items()}
+            for q in sorted({*moved, *nats, *depths[0], *accuracy}):
+                bits = (moved or nats).get(q, (0.0, "-"))[1]
+                rows.append(
+                    [
+                        variant,
+                        coupling,
+                        f"{'-' if coupling == 'centered' else ''}{fraction(q)}",
+                        str(bits),
+                        f"{moved[q][0]:.3f}" if q in moved else "-",
+                        f"{nats[q][0]:+.3f}" if q in nats else "-",
+                        *(
+                            "-" if q not in found else "overflow" if found[q] is None else str(found[q])
+                            for found in depths
+                        ),
+                        percent(accuracy[q]) if q in accuracy else "-",
+                    ]
+                )
+    return rows
+
+
+def text(records: list[Record]) -> str:
+    said = []
+    for coupling in COUPLINGS:
+        for variant in VARIANTS:
+            starts = _starts(records, variant, coupling).get("nats") or _starts(records, variant, coupling)["relative"]
+            least, most = min(starts), max(starts)
+            depths = _depths(records, variant, coupling, "float32")
+            words = (
+                f"{variant}, {coupling}: from {fraction(least)} to {fraction(most)} the start's distance goes from "
+                f"{starts[least][0]:.3g} to {starts[most][0]:.3g}, the float32 layers that can be undone from "
+                f"{depths.get(least)} to {depths.get(most)}, the bits that exact streams keep from {starts[least][1]} "
+                f"to {starts[most][1]}"
+            )
+            accuracy = _accuracy(records, variant, coupling)
+            if len(accuracy) > 1:
+                first, last = min(accuracy), max(accuracy)
+                trained = _trained(records, variant, coupling)
+                seeds = min(len(trained[first]), len(trained[last]))
+                texts = int(trained[first][0].settings["held_out"]) * seeds
+                words += (
+                    f"; accuracy from {fraction(first)} ({accuracy[first]:.1f} %) to {fraction(last)} "
+                    f"({accuracy[last]:.1f} %): {change(accuracy[first], accuracy[last], texts)}"
+                )
+            said.append(words + ".")
+    return " ".join(said)
+
+
+def draw(records: list[Record], figure: Any) -> None:
+    starts_plot, depth_plot, accuracy_plot = figure.subplots(1, 3)
+    colours = dict(zip(VARIANTS, ("tab:blue", "tab:orange", "tab:green"), strict=True))
+    for variant in VARIANTS:
+        for coupling, style in (("centered", "-"), ("paper", "--")):
+            look = {"color": colours[variant], "linestyle": style, "marker": ".", "label": f"{variant}, {coupling}"}
+            moved = _starts(records, variant, coupling).get("relative", {})
+            starts_plot.plot([1 / q for q in moved], [value for value, _ in moved.values()], **look)
+            depths = {q: v for q, v in _depths(records, variant, coupling, "float32").items() if v is not None}
+            depth_plot.plot([1 / q for q in depths], list(depths.values()), **look)
+            accuracy = _accuracy(records, variant, coupling)
+            accuracy_plot.plot([1 / q for q in accuracy], list(accuracy.values()), **look)
+    for plot in (starts_plot, depth_plot, accuracy_plot):
+        plot.set(xscale="log", xlabel="|lam|, |beta|")
+    starts_plot.set(yscale="log", ylabel="relative change of the last hidden states", title="start (MiniLM)")
+    depth_plot.set(ylabel="layers undone within 1 %", title="float32 streams (SmolLM2)")
+    accuracy_plot.set(ylabel="held-out accuracy, %", title="after training, exact streams (MiniLM)")
+    starts_plot.legend(fontsize="x-small")
+
+
+FINDING = Finding("coefficients", "lam and beta", CLAIM, jobs, table, text, draw, width=15.0)
