@@ -77,9 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--quick", action="store_true", help="tiny runs, to see that everything works")
     parser.add_argument("--stored", action="store_true", help="measure nothing, draw what is there")
-    parser.add_argument(
-        "--no-training", action="store_true", help="measure only what trains nothing: starts, streams, steps"
-    )
+    parser.add_argument("--no-training", action="store_true", help="measure only starts, streams and steps")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument(
         "--out", type=Path, help="folder; the default is benchmarks/results/findings, findings-quick with --quick"
