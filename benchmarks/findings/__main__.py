@@ -21,7 +21,7 @@ from meft_kernels.comparison.records import Record
 from meft_kernels.packages import require
 
 from . import coefficients, initialisation, inversion, reversible_layers, training, variants
-from .shared import QUICK, Finding, Job, Sizes
+from .shared import QUICK, Finding, Job, Sizes, what_was_run
 
 # What trains nothing first.
 FINDINGS: dict[str, Finding] = {
@@ -57,6 +57,7 @@ def publish(finding: Finding, records: list[Record], missing: int, folder: Path)
         f"# {finding.title}",
         f"`python -m benchmarks.findings {finding.name}`",
         f"{finding.claim} {finding.text(records)}",
+        what_was_run(records),
     ]
     if missing:
         parts.append(f"Unfinished: {missing} of {missing + len(records)} runs are missing.")

@@ -40,9 +40,9 @@ class Sizes:
     rows: int = 4
     """Of the batches on which a start is measured."""
     tokens: int = 64
-    draws: int = 2
+    draws: int = 1
     dtypes: tuple[str, ...] = ("float32", "bfloat16", "float16")
-    coefficients: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+    coefficients: tuple[int, ...] = (1, 2, 4, 8, 16, 64, 256)
     """Coefficients are 1/q; these are the q."""
     trained_coefficients: tuple[int, ...] = (1, 8, 256)
     amounts: int = 5
@@ -57,16 +57,15 @@ class Sizes:
 
 QUICK = Sizes(
     language_model="minilm",
-    steps=2,
+    steps=1,
     batch_size=2,
     max_length=16,
     held_out=8,
     rows=2,
     tokens=16,
-    draws=1,
-    dtypes=("float32", "bfloat16"),
+    dtypes=("float32",),
     coefficients=(1, 8),
-    trained_coefficients=(8,),
+    trained_coefficients=(256,),
     amounts=2,
     rounds=1,
     reversible=(0, 6),
@@ -140,6 +139,23 @@ def of_kind(records: Iterable[Record], kind: str) -> list[Record]:
     return [record for record in records if record.kind == kind]
 
 
+def what_was_run(records: list[Record]) -> str:
+    """What all records of a kind have in common, and the machine, for the reader of a table."""
+    parts = []
+    for kind in dict.fromkeys(record.kind for record in records):
+        same = of_kind(records, kind)
+        settings = {
+            name: value
+            for name, value in same[0].settings.items()
+            if not isinstance(value, dict) and all(record.settings.get(name) == value for record in same)
+        }
+        words = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in settings.items())
+        parts.append(f"{len(same)} of {kind.removeprefix('finding-')} ({words})")
+    devices = sorted({record.environment.get("device", "?") for record in records})
+    versions = sorted({record.environment.get("torch", "?") for record in records})
+    return f"Runs: {'; '.join(parts)}. On {'; '.join(devices)}; torch {', '.join(versions)}."
+
+
 def mean_of(records: Iterable[Record], figure: str) -> float | None:
     """The mean over runs (seeds); None where there is none, or one of them has none, for training stopped."""
     values = [record.figures[figure] for record in records]
@@ -155,7 +171,8 @@ def standard_error(accuracy: float, texts: int) -> float:
 def change(before: float, after: float, texts: int) -> str:
     """What the step from one accuracy to another amounts to, beside the error of the difference.
 
-    The texts are the same for both, so that the error of a difference of independent samples is more than its own.
+    That error is the one of the number of texts alone, as if each accuracy had been taken on other texts, which makes
+    it too large; what another seed would change is not in it, which makes it too small.
     """
     error = math.hypot(standard_error(before, texts), standard_error(after, texts))
     size = after - before
