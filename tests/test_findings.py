@@ -177,6 +177,8 @@ def test_words() -> None:
     assert change(100, 100, 8).startswith("no difference")
     assert inversion.depth_within([0.0, 0.005, 0.02, 0.001]) == 2
     assert inversion.depth_within([0.0, None]) == 1
+    assert inversion.growth([1e-6, 1e-5, 1e-4, 50.0]) == pytest.approx(10)
+    assert inversion.growth([0.0, 0.0]) is inversion.growth([1e-3, None]) is None
     assert inversion.depth_within([0.0, 0.0]) == 2
     assert finite(float("nan")) is None
     assert finite(torch.tensor(float("inf"))) is None

@@ -52,16 +52,37 @@ def depth_within(error: list[float | None], bound: float = USELESS) -> int:
     return len(error)
 
 
+def _below(error: list[float | None], bound: float) -> list[float]:
+    """The errors before the first that is beyond ``bound``, or no number."""
+    return [value for value in error[: depth_within(error, bound)] if value is not None]
+
+
+def growth(error: list[float | None]) -> float | None:
+    """By what a layer multiplies the error, on (geometric) average, as long as it is less than the stream itself."""
+    small = _below(error, 1.0)
+    return (small[-1] / small[0]) ** (1 / (len(small) - 1)) if len(small) > 1 and small[0] else None
+
+
 def table(records: list[Record]) -> list[list[str]]:
     lines = _lines(records)
     deepest = max((len(figures["error"]) for *_, figures in lines), default=0)
     depths = [depth for depth in DEPTHS if depth <= deepest]
-    rows = [["dtype", "variant", "streams", *(f"{depth} undone" for depth in depths), f"layers within {USELESS:.0%}"]]
+    rows = [
+        [
+            "dtype",
+            "variant",
+            "streams",
+            *(f"{depth} undone" for depth in depths),
+            "times a layer",
+            f"layers within {USELESS:.0%}",
+        ]
+    ]
     for dtype, variant, scheme, figures in lines:
         error = figures["error"]
         cells = [power(error[depth - 1]) if depth <= len(error) else "-" for depth in depths]
         ending = "no forward" if figures["stopped"] else f"{depth_within(error)} of {len(error)}"
-        rows.append([dtype, variant, scheme, *cells, ending])
+        factor = growth(error)
+        rows.append([dtype, variant, scheme, *cells, "-" if factor is None else f"{factor:.1f}", ending])
     return rows
 
 
@@ -70,6 +91,9 @@ def text(records: list[Record]) -> str:
     exact = [figures for *_, scheme, figures in lines if scheme == "exact"]
     equal = sum(figures["equal"] for figures in exact)
     said = [f"Exact streams come back equal (torch.equal, every layer) in {equal} of {len(exact)} cases."]
+    factors = [factor for *_, figures in lines if (factor := growth(figures["error"])) is not None]
+    if factors:
+        said.append(f"In float streams a layer multiplies the error by {min(factors):.0f} to {max(factors):.0f}.")
     for dtype in dict.fromkeys(line[0] for line in lines):
         parts = []
         for scheme in list(SCHEMES)[:2]:
@@ -90,20 +114,21 @@ def text(records: list[Record]) -> str:
 def draw(records: list[Record], figure: Any) -> None:
     lines = _lines(records)
     dtypes = list(dict.fromkeys(line[0] for line in lines))
-    plots = figure.subplots(1, len(dtypes), sharey=True, squeeze=False)[0]
+    plots = figure.subplots(1, len(dtypes), sharey=True, sharex=True, squeeze=False)[0]
     colours = dict(zip(VARIANTS, ("tab:blue", "tab:orange", "tab:green"), strict=True))
     styles = {"paper": "-", "centered, float": "--", "exact": ":"}
     for plot, dtype in zip(plots, dtypes, strict=True):
         for kind, variant, scheme, figures in lines:
             if kind != dtype or not figures["error"]:
                 continue
-            values = [_CEILING if value is None else min(max(value, _FLOOR), _CEILING) for value in figures["error"]]
-            undone = range(1, len(values) + 1)
-            plot.plot(undone, values, styles[scheme], color=colours[variant], label=f"{variant}, {scheme}")
+            values = [max(value, _FLOOR) for value in _below(figures["error"], _CEILING)]
+            plot.plot(
+                range(1, len(values) + 1), values, styles[scheme], color=colours[variant], label=f"{variant}, {scheme}"
+            )
         plot.axhline(USELESS, color="grey", linewidth=0.6)
         plot.set(yscale="log", ylim=(_FLOOR / 2, _CEILING * 2), xlabel="layers undone", title=dtype)
     plots[0].set_ylabel(f"relative error of the rebuilt streams\n(0 drawn at {_FLOOR:.0e})")
-    plots[-1].legend(fontsize="x-small")
+    plots[0].legend(fontsize="x-small")
 
 
 FINDING = Finding(
