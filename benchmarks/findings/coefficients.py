@@ -159,30 +159,36 @@ def table(records: list[Record]) -> list[list[str]]:
 
 
 def text(records: list[Record]) -> str:
-    said = []
-    for coupling in COUPLINGS:
-        for variant in VARIANTS:
-            starts = _starts(records, variant, coupling).get("nats") or _starts(records, variant, coupling)["relative"]
-            least, most = min(starts), max(starts)
-            depths = _depths(records, variant, coupling, "float32")
-            words = (
-                f"{variant}, {coupling}: from {fraction(least)} to {fraction(most)} the start's distance goes from "
-                f"{_written(starts[least][0], '.3g')} to {_written(starts[most][0], '.3g')}, the float32 layers that can be undone from "
-                f"{depths.get(least)} to {depths.get(most)}, the bits that exact streams keep from {starts[least][1]} "
-                f"to {starts[most][1]}"
-            )
-            accuracy = _accuracy(records, variant, coupling)
-            if len(accuracy) > 1:
-                first, last = min(accuracy), max(accuracy)
-                trained = _trained(records, variant, coupling)
-                seeds = min(len(trained[first]), len(trained[last]))
-                texts = int(trained[first][0].settings["held_out"]) * seeds
-                words += (
-                    f"; accuracy from {fraction(first)} ({accuracy[first]:.1f} %) to {fraction(last)} "
-                    f"({accuracy[last]:.1f} %): {change(accuracy[first], accuracy[last], texts)}"
-                )
-            said.append(words + ".")
-    return " ".join(said)
+    return " ".join(_sentence(records, variant, coupling) for coupling in COUPLINGS for variant in VARIANTS)
+
+
+def _sentence(records: list[Record], variant: str, coupling: str) -> str:
+    """From the largest coefficient to the smallest."""
+    parts = []
+    for unit, starts in _starts(records, variant, coupling).items():
+        (one, _), (least, bits) = starts[min(starts)], starts[max(starts)]
+        what, form = ("loss", "+.3f") if unit == "nats" else ("last hidden states", ".3f")
+        moved = f"{_written(one, form)} to {_written(least, form)}"
+        parts.append(f"the {what} moved by {moved}" + (" nats" if unit == "nats" else f", bits kept 0 to {bits}"))
+    for dtype in ("float32", "bfloat16"):
+        if depths := _depths(records, variant, coupling, dtype):
+            found = ["none (the forward overflows)" if depths[q] is None else depths[q] for q in sorted(depths)]
+            parts.append(f"{dtype} layers that can be undone {found[0]} to {found[-1]}")
+    accuracy, trained = _accuracy(records, variant, coupling), _trained(records, variant, coupling)
+    if len(accuracy) > 1:
+        first, last = min(accuracy), max(accuracy)
+        seeds = min(len(trained[first]), len(trained[last]))
+        texts = int(trained[first][0].settings["held_out"]) * seeds
+        parts.append(
+            f"accuracy {accuracy[first]:.1f} % at {fraction(first)}, {accuracy[last]:.1f} % at {fraction(last)}: "
+            f"{change(accuracy[first], accuracy[last], texts)}"
+        )
+    everything = {q for starts in _starts(records, variant, coupling).values() for q in starts}
+    if not everything:
+        return f"{variant}, {coupling}: not measured yet."
+    return (
+        f"{variant}, {coupling}, from {fraction(min(everything))} to {fraction(max(everything))}: {'; '.join(parts)}."
+    )
 
 
 def draw(records: list[Record], figure: Any) -> None:
@@ -203,7 +209,7 @@ def draw(records: list[Record], figure: Any) -> None:
     starts_plot.set(yscale="log", ylabel="relative change of the last hidden states", title="start (MiniLM)")
     depth_plot.set(ylabel="layers undone within 1 %", title="float32 streams (SmolLM2)")
     accuracy_plot.set(ylabel="held-out accuracy, %", title="after training, exact streams (MiniLM)")
-    starts_plot.legend(fontsize="x-small")
+    starts_plot.legend(fontsize="x-small", handlelength=4)
 
 
 FINDING = Finding("coefficients", "lam and beta", CLAIM, jobs, table, text, draw, width=15.0)

@@ -128,7 +128,7 @@ def draw(records: list[Record], figure: Any) -> None:
         plot.axhline(USELESS, color="grey", linewidth=0.6)
         plot.set(yscale="log", ylim=(_FLOOR / 2, _CEILING * 2), xlabel="layers undone", title=dtype)
     plots[0].set_ylabel(f"relative error of the rebuilt streams\n(0 drawn at {_FLOOR:.0e})")
-    plots[0].legend(fontsize="x-small")
+    plots[0].legend(fontsize="x-small", handlelength=4)
 
 
 FINDING = Finding(

@@ -101,7 +101,7 @@ def draw(records: list[Record], figure: Any) -> None:
                 drawn = bars.bar(place + (offset - 1) * 0.27, accuracy, 0.25, color=colours[variant])
                 bars.bar_label(drawn, fmt="%.1f")
     losses.set(xlabel="step", ylabel="training loss, running mean")
-    losses.legend(fontsize="x-small")
+    losses.legend(fontsize="x-small", handlelength=4)
     bars.set_xticks(range(len(SCHEMES)), [name.replace(", ", ",\n") for name in SCHEMES])
     bars.set(ylabel="held-out accuracy, %", ylim=(45, None))
 
