@@ -20,22 +20,22 @@ AMOUNTS: dict[str, tuple[float, ...]] = {
 
 
 def jobs(sizes: Sizes) -> list[Job]:
-    """In the order of what matters, should a sweep be stopped: LoRA with all seeds, the others with the first."""
-    made = []
-    for method, seeds in (("lora", sizes.seeds[:1]), ("meft", sizes.seeds[:1]), ("ia3", sizes.seeds[:1]),
-                          ("lora", sizes.seeds[1:])):  # fmt: skip
-        amounts = AMOUNTS[method]
-        chosen = amounts if sizes.amounts >= len(amounts) else (*amounts[: sizes.amounts - 1], amounts[-1])
-        for seed in seeds:
-            for amount in chosen:
-                config = {"variant": "meft2"}
-                moved = amount
-                if method == "meft":  # which has a setting for it
-                    moved = 0.0
-                    if amount:
-                        config["up_init_std"] = amount  # type: ignore[assignment]
-                made.append(training.job(sizes, f"{method}-moved-{amount:g}", method, seed, config, moved))
-    return made
+    """The two ends first, should a sweep be stopped: of every method with one seed, then of LoRA with the others."""
+    order = [0, *range(len(AMOUNTS["lora"]) - 1, 0, -1)][: sizes.amounts]
+    made = [
+        _job(sizes, method, AMOUNTS[method][i], seed) for seed in sizes.seeds[:1] for i in order for method in AMOUNTS
+    ]
+    return made + [_job(sizes, "lora", AMOUNTS["lora"][i], seed) for seed in sizes.seeds[1:] for i in order]
+
+
+def _job(sizes: Sizes, method: str, amount: float, seed: int) -> Job:
+    config: dict[str, Any] = {"variant": "meft2"}
+    label = f"{method}-moved-{amount:g}"
+    if method != "meft":
+        return training.job(sizes, label, method, seed, config, moved=amount)
+    if amount:  # our adapters have a setting for it
+        config["up_init_std"] = amount
+    return training.job(sizes, label, method, seed, config)
 
 
 def amount_of(record: Record) -> float:
