@@ -47,11 +47,11 @@ class Sizes:
     trained_coefficients: tuple[int, ...] = (1, 8, 256)
     amounts: int = 5
     """How many starts, the pretrained model's own among them."""
-    rounds: int = 5
+    rounds: int = 3
     """Of interleaved timed steps."""
     reversible: tuple[int, ...] = (0, 2, 4, 6)
     """Reversible layers with which the classifier is trained."""
-    deep_reversible: tuple[int, ...] = (0, 10, 20, 30)
+    deep_reversible: tuple[int, ...] = (0, 15, 30)
     """Reversible layers of the language model, of which only the cost is measured."""
 
 
