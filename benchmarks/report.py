@@ -7,16 +7,22 @@ python -m benchmarks.report --check     # exit code 1 if the document is not wha
 from __future__ import annotations
 
 import argparse
+import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from rich.console import Console
+
+from benchmarks.findings.__main__ import FINDINGS
+from benchmarks.gpu.report import TABLES
 from meft_kernels.comparison.records import Record, read_all
 from meft_kernels.comparison.tables import CAPTION, markdown, plot, rows_by_case
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 DOCUMENT = ROOT / "docs" / "RESULTS.md"
+PLOTS = ("memory", "time")
 FROM_DOCUMENT = "../benchmarks/results"
 
 
@@ -27,7 +33,7 @@ class Section:
     Attributes:
         folder: of its records, under benchmarks/results.
         command: what measures it.
-        render: its text, from the records and the folder; it may draw plots into the folder.
+        render: its text, from the records and their folder.
     """
 
     title: str
@@ -63,7 +69,7 @@ def provenance(records: Sequence[Record]) -> str:
 
 
 def comparison(records: list[Record], folder: Path) -> str:
-    """Tables and Pareto plots of ``meft-kernels bench``."""
+    """Tables of ``meft-kernels bench``, and the Pareto plots that :func:`draw` makes."""
     cases = rows_by_case(records)
     parts = [CAPTION[0].upper() + CAPTION[1:] + "."]
     for case, rows in cases.items():
@@ -73,10 +79,46 @@ def comparison(records: list[Record], folder: Path) -> str:
             f"{settings['held_out']} held out, rank {settings['rank']}, {settings['dtype'].removeprefix('torch.')}"
         )
         parts += [f"### `{case}`", sizes[0].upper() + sizes[1:] + ".", markdown(rows)]
-    for against in ("memory", "time"):
-        if plot(cases, folder, against=against):
+    for against in PLOTS:
+        if (folder / f"{against}.png").exists():
             parts.append(f"![score against {against}]({FROM_DOCUMENT}/{folder.name}/{against}.png)")
     return "\n\n".join(parts)
+
+
+def findings(records: list[Record], folder: Path) -> str:
+    """What ``benchmarks.findings`` has written beside its records, a finding after the other."""
+    parts = []
+    for name in FINDINGS:
+        written = folder / f"{name}.md"
+        if not written.exists():
+            parts.append(f"### {FINDINGS[name].title}\n\nNot measured yet: `python -m benchmarks.findings {name}`.")
+            continue
+        title, text = written.read_text(encoding="utf-8").split("\n", 1)
+        text = text.replace("](", f"]({FROM_DOCUMENT}/{folder.name}/")
+        parts.append(f"##{title}\n\n{text.strip()}")
+    return "\n\n".join(parts)
+
+
+def gpu(records: list[Record], folder: Path) -> str:
+    """The tables of ``benchmarks.gpu``, as it prints them."""
+    console = Console(width=140, record=True, file=io.StringIO())
+    for record in records:
+        for made in TABLES[record.kind](record.kind.removeprefix("gpu-"), record):
+            console.print(made)
+    text = "\n".join(line.rstrip() for line in console.export_text().splitlines())
+    pictures = [
+        f"![steps]({FROM_DOCUMENT}/{path.relative_to(folder.parent).as_posix()})"
+        for path in sorted(folder.rglob("steps.png"))
+    ]
+    return "\n\n".join([f"```text\n{text.strip()}\n```", *pictures])
+
+
+def draw(results: Path) -> None:
+    """The plots that no command has drawn yet: those over all cases of the comparison."""
+    folder = results / "comparison"
+    if folder.is_dir():
+        for against in PLOTS:
+            plot(rows_by_case(read_all(folder)), folder, against=against)
 
 
 SECTIONS = (
@@ -84,6 +126,8 @@ SECTIONS = (
         "Against what people would use instead", "comparison", "meft-kernels bench --out benchmarks/results/comparison",
         comparison,
     ),
+    Section("The paper's findings, in miniature", "findings", "python -m benchmarks.findings all", findings),
+    Section("On a GPU", "gpu", "python -m benchmarks.gpu", gpu),
 )  # fmt: skip
 
 
@@ -100,12 +144,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing; tell whether the document is up to date")
     options = parser.parse_args(arguments)
-    made = document(RESULTS)
     if options.check:
-        if made == (DOCUMENT.read_text(encoding="utf-8") if DOCUMENT.exists() else ""):
+        if document(RESULTS) == (DOCUMENT.read_text(encoding="utf-8") if DOCUMENT.exists() else ""):
             return 0
         print(f"{DOCUMENT.name} is not what the results give: python -m benchmarks.report")
         return 1
+    draw(RESULTS)
+    made = document(RESULTS)
     DOCUMENT.write_text(made, encoding="utf-8")
     print(f"wrote {DOCUMENT.name}")
     return 0

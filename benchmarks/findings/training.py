@@ -128,7 +128,7 @@ def measure(settings: dict[str, Any]) -> dict[str, Any]:
         trained = train(
             model, task, data.train, batches, recipe=recipe, lr=settings["lr"], device=CPU, on_step=losses.append
         )
-        accuracy = task.accuracy(model, data.held_out, batch_size=64, device=CPU)
+        accuracy = task.score(model, data.held_out, batch_size=64, device=CPU)
         figures |= {"accuracy": accuracy, "seconds_per_step": trained.seconds_per_step, "stopped": None}
     except (NonFiniteError, StreamOverflowError) as error:
         figures |= {"accuracy": None, "stopped": f"after {len(losses)} steps: {error}"}
