@@ -13,6 +13,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from .checkpoint.files import CONFIG_NAME, WEIGHTS_NAME
 from .checkpoint.load import load_adapter, read_description
 from .errors import AdapterFileError
+from .pretrained import Source
 
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token")
 """Arguments of ``from_pretrained`` that the adapter's download takes as well as the base model's."""
@@ -43,7 +44,8 @@ class AutoMeftModel:
 
         Args:
             adapter: a folder written by ``save_adapter``, a ``Trainer``'s checkpoint of a patched model, or a hub id.
-            base_model: hub id or folder of the base model, where it is no longer the one that the adapter names.
+            base_model: hub id or folder of the base model, where it is no longer the one that the adapter names. A
+                folder with a single GGUF file is loaded from that, dequantised.
             revision: of the adapter on the hub. That of the base model goes into ``base_model_revision``.
             **kwargs: for the base model's ``from_pretrained``: ``dtype``, ``device_map``, ``quantization_config``, ...
 
@@ -75,7 +77,16 @@ class AutoMeftModel:
             model_class = getattr(transformers, cls._auto_class)
         else:
             model_class = _class_named(description["base_model_class"], folder)
-        return load_adapter(model_class.from_pretrained(source, **kwargs), folder)
+        try:
+            model = model_class.from_pretrained(source, **{**_gguf_options(source), **kwargs})
+        except OSError as error:
+            if base_model is not None:
+                raise
+            raise OSError(
+                f"the base model {source!r}, which {folder / CONFIG_NAME} names, is not found; is it elsewhere? Pass "
+                f"base_model= ({error})"
+            ) from error
+        return load_adapter(model, folder)
 
 
 class AutoMeftModelForCausalLM(AutoMeftModel):
@@ -120,6 +131,15 @@ def _fetch(adapter: str | os.PathLike[str], revision: str | None, options: dict[
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise AdapterFileError(f"there is no folder {name!r}, and as a hub id it was not found: {error}") from error
     return Path(found)
+
+
+def _gguf_options(source: str) -> dict[str, Any]:
+    """How to load a base model whose folder holds one GGUF file and nothing else to load, as a package may have it."""
+    folder = Path(source)
+    if not folder.is_dir() or (folder / "config.json").exists():
+        return {}
+    files = sorted(folder.glob("*.gguf"))
+    return Source(source, files[0].name).model_options() if len(files) == 1 else {}
 
 
 def _class_named(name: str, folder: Path) -> Any:

@@ -130,3 +130,13 @@ def test_transformers_own_auto_class_says_no(tmp_path: Path) -> None:
     logging.getLogger("transformers").setLevel(logging.ERROR)
     with pytest.raises((TypeError, ValueError, KeyError, OSError, ImportError)):
         transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "adapter")
+
+
+def test_a_base_model_that_was_moved(tmp_path: Path) -> None:
+    model, logits = trained(tiny_bert, tmp_path)
+    (tmp_path / "base").rename(tmp_path / "moved")
+    with pytest.raises(OSError, match=r"base model .*base', which .*adapter_config.json names, .* Pass base_model="):
+        meft_kernels.AutoMeftModel.from_pretrained(tmp_path / "adapter")
+    again = meft_kernels.AutoMeftModel.from_pretrained(tmp_path / "adapter", base_model=tmp_path / "moved")
+    with torch.no_grad():
+        assert torch.equal(again(**tiny_batch(model)).logits, logits)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -117,6 +118,21 @@ def change_of_loss(model: nn.Module, batch: dict[str, torch.Tensor]) -> float:
         start = float(meft_kernels.patch(model)(**batch, use_cache=False).loss)
     meft_kernels.unpatch(model)
     return abs(start - base)
+
+
+def test_smollm2_comes_back_from_its_adapters_folder(smollm2: nn.Module, tmp_path: Path) -> None:
+    """Its package is a folder with a GGUF file and no config.json."""
+    batch = real_text(1, 16)
+    try:
+        meft_kernels.patch(smollm2, **TRAINABLE_START)
+        with torch.no_grad():
+            logits = smollm2(**batch).logits
+        meft_kernels.save_adapter(smollm2, tmp_path)
+    finally:
+        meft_kernels.unpatch(smollm2)
+    again = meft_kernels.AutoMeftModelForCausalLM.from_pretrained(tmp_path)
+    with torch.no_grad():
+        assert torch.equal(again(**batch).logits, logits)
 
 
 def test_smollm2_keeps_its_start(smollm2: nn.Module) -> None:
