@@ -127,6 +127,7 @@ def train(given: Mapping[str, Any], out: Path, *, resume: bool, overwrite: bool,
                 return Outcome(True, trainer.state.global_step, {})
     finally:
         shown.close()
+    pretrained.tokenizer.save_pretrained(out / ADAPTER)  # before the adapter, whose config comes last
     save_adapter(model, out / ADAPTER)
     found = _final_metrics(trainer)
     write_history(out / HISTORY, trainer.state.log_history)
