@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import logging
 import math
 from typing import Any, TypeVar
@@ -46,8 +47,11 @@ def patch(model: Model, config: MeftConfig | None = None, **overrides: Any) -> M
         UnsupportedModelError: no family serves this model, or it is in a state that cannot be trained.
         PatchError: already patched with other settings.
         ValueError: a setting is out of range. Nothing has been changed when an error is raised.
+        TypeError: a setting does not exist, or this is no model.
     """
-    config = dataclasses.replace(config or MeftConfig(), **overrides)
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"patch takes a model, as from_pretrained gives it, not a {type(model).__name__}")
+    config = _settings(config, overrides)
     if (state := find_state(model)) is not None:
         check_same_settings(state.config, config)
         return model
@@ -116,6 +120,18 @@ def check_same_settings(here: MeftConfig, asked: MeftConfig) -> None:
         raise PatchError(
             f"already patched with {', '.join(differing)}: call unpatch(model) first (it drops the adapters)"
         )
+
+
+def _settings(config: Any, overrides: dict[str, Any]) -> MeftConfig:
+    if not isinstance(config, MeftConfig | None):
+        raise TypeError(f"settings are given by name, as in patch(model, rank=8), or as a MeftConfig: not {config!r}")
+    known = [field.name for field in dataclasses.fields(MeftConfig)]
+    for name in overrides:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f": did you mean {near[0]}?" if near else "."
+            raise TypeError(f"there is no setting {name!r}{hint} Known are {', '.join(sorted(known))}")
+    return dataclasses.replace(config or MeftConfig(), **overrides)
 
 
 def unpatch(model: Model) -> Model:

@@ -70,10 +70,17 @@ def test_settings(settings: dict[str, Any], message: str) -> None:
 
 
 def test_unknown_setting_names_itself() -> None:
-    with pytest.raises(TypeError, match="rnak"):
+    with pytest.raises(TypeError, match=r"no setting 'rnak': did you mean rank\? Known are activation, .*variant"):
         meft_kernels.patch(tiny_llama(), rnak=8)
     with pytest.raises(ValueError, match="unknown settings rnak"):
         MeftConfig.from_dict({"rnak": 8})
+
+
+def test_what_is_no_model_or_no_config() -> None:
+    with pytest.raises(TypeError, match="as from_pretrained gives it, not a str"):
+        meft_kernels.patch("distilbert-base-uncased")  # type: ignore[type-var]
+    with pytest.raises(TypeError, match=r"given by name, as in patch\(model, rank=8\)"):
+        meft_kernels.patch(tiny_llama(), {"rank": 8})  # type: ignore[arg-type]
 
 
 def test_config_round_trip() -> None:
