@@ -224,6 +224,12 @@ def test_save_replaces_whole_files(saved: Path) -> None:
     assert sorted(path.name for path in saved.iterdir()) == [CARD_NAME, CONFIG_NAME, WEIGHTS_NAME]
 
 
+def test_the_card_counts_what_was_trained(saved: Path) -> None:
+    model = meft_kernels.load_adapter(tiny_bert(), saved)
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    assert f" {trained:,} parameters." in (saved / CARD_NAME).read_text(encoding="utf-8")
+
+
 def test_how_it_was_run_is_not_part_of_an_adapter(tmp_path: Path) -> None:
     model = meft_kernels.patch(tiny_llama(), engine="autograd", reversible_layers=1, **TRAINABLE_START)
     batch = tiny_batch(model)

@@ -80,7 +80,9 @@ def save_adapter(
     # The config last, so that a folder with one is complete.
     write_whole(folder / WEIGHTS_NAME, lambda path: save_file(weights, path, metadata={"format": "pt"}))
     if not (folder / CARD_NAME).exists():
-        card = model_card(description, sum(tensor.numel() for tensor in weights.values()))
+        # The calibration is in the file as well, in integers.
+        parameters = sum(tensor.numel() for tensor in weights.values() if tensor.is_floating_point())
+        card = model_card(description, parameters)
         write_whole(folder / CARD_NAME, lambda path: path.write_text(card, encoding="utf-8"))
     text = json.dumps(description, indent=2) + "\n"
     write_whole(folder / CONFIG_NAME, lambda path: path.write_text(text, encoding="utf-8"))
