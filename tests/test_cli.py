@@ -1,6 +1,7 @@
 """The command line, run in this process on MiniLM."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -75,6 +76,7 @@ def test_the_demo_trains_saves_and_loads_back(tmp_path):
     assert outcome["gradient_error"] <= 1e-5
     assert len(outcome["losses"]) == 3 and outcome["kept_bytes"] < outcome["peak_bytes"]
     assert "yes, every bit" in result.output
+    assert re.search(r"^MEFT.*: step 1/\d+, loss \d", result.output, re.MULTILINE)  # no terminal: lines
 
 
 def test_the_comparison_trains_all_methods_over_the_seeds(tmp_path):

@@ -32,10 +32,17 @@ def make_bar(console: Any = None) -> Progress:
 
 @contextmanager
 def progress(title: str, steps: int) -> Iterator[Callable[[float], None]]:
-    """A progress bar (one line at the end where there is no terminal), and the function that moves it on."""
+    """A progress bar, and the function that moves it on; lines where there is no terminal, and the bar at the end."""
     with make_bar() as bar:
         job = bar.add_task(title, total=steps, loss=float("nan"))
-        yield lambda loss: bar.update(job, advance=1, loss=loss)
+
+        def on_step(loss: float) -> None:
+            bar.update(job, advance=1, loss=loss)
+            done = int(bar.tasks[0].completed)
+            if not bar.console.is_terminal and done < steps and done % max(1, steps // _LINES) == 0:
+                bar.console.print(f"{title}: step {done}/{steps}, loss {loss:.3f}", highlight=False, soft_wrap=True)
+
+        yield on_step
 
 
 class ShowProgress(TrainerCallback):
@@ -68,7 +75,8 @@ class ShowProgress(TrainerCallback):
             steps = state.global_step - self._began[0]
             seconds = (time.perf_counter() - self._began[1]) / steps
             left = f"{(state.max_steps - state.global_step) * seconds / 60:.0f} min left"
-            line = f"step {state.global_step}/{state.max_steps}: loss {self._loss():.4f}, {seconds:.2f} s/step, {left}"
+            loss = f"mean loss {self._loss():.4f}"
+            line = f"step {state.global_step}/{state.max_steps}: {loss}, {seconds:.2f} s/step, {left}"
             self._console.print(line, highlight=False)
 
     def on_evaluate(
