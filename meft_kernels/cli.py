@@ -24,11 +24,23 @@ from .config import MeftConfig
 DEFAULT_VARIANT = MeftConfig().variant
 
 app = typer.Typer(
-    help="Fine-tune pretrained transformers through a bit-exact reversible stack.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        console.print(importlib.metadata.version("meft_kernels"), highlight=False)
+        raise typer.Exit
+
+
+@app.callback()
+def start(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
+) -> None:
+    """Fine-tune pretrained transformers through a bit-exact reversible stack."""
 
 
 @app.command()

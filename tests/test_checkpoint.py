@@ -267,3 +267,16 @@ def test_trained_weights_that_are_not_saved_are_told(tmp_path: Path, caplog: pyt
     model.model.embed_tokens.weight.requires_grad_(True)
     meft_kernels.save_adapter(model, tmp_path)
     assert "1 trainable parameters are neither adapters nor" in caplog.text
+
+
+def test_others_may_read_what_was_saved(tmp_path: Path) -> None:
+    """As far as the user's umask lets them: safetensors itself makes files for their owner alone."""
+    meft_kernels.save_adapter(meft_kernels.patch(tiny_llama(), **TRAINABLE_START), tmp_path)
+    modes = {path.stat().st_mode for path in tmp_path.iterdir()}
+    assert len(modes) == 1
+
+
+def test_a_head_for_other_classes_says_so(tmp_path: Path) -> None:
+    meft_kernels.save_adapter(meft_kernels.patch(tiny_bert(num_labels=2)), tmp_path)
+    with pytest.raises(AdapterFileError, match="load the model with num_labels=2"):
+        meft_kernels.load_adapter(tiny_bert(num_labels=3), tmp_path)

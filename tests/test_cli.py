@@ -1,6 +1,7 @@
 """The command line, run in this process on MiniLM."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -27,6 +28,12 @@ def test_the_library_alone_imports_none_of_the_demo():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_version():
+    import importlib.metadata
+
+    assert run("--version").output.strip() == importlib.metadata.version("meft_kernels")
 
 
 def test_env_lists_versions():
@@ -75,6 +82,7 @@ def test_the_demo_trains_saves_and_loads_back(tmp_path):
     assert outcome["gradient_error"] <= 1e-5
     assert len(outcome["losses"]) == 3 and outcome["kept_bytes"] < outcome["peak_bytes"]
     assert "yes, every bit" in result.output
+    assert re.search(r"^MEFT.*: step 1/\d+, loss \d", result.output, re.MULTILINE)  # no terminal: lines
 
 
 def test_the_comparison_trains_all_methods_over_the_seeds(tmp_path):

@@ -111,7 +111,7 @@ def test_the_accuracy_is_that_of_the_saved_adapter(home: Path, whole: dict[str, 
 
     base = AutoModelForSequenceClassification.from_pretrained(home / "bert", num_labels=2, ignore_mismatched_sizes=True)
     model = meft_kernels.load_adapter(base, whole["classification"] / "adapter").eval()
-    tokenizer = AutoTokenizer.from_pretrained(home / "bert")
+    tokenizer = AutoTokenizer.from_pretrained(whole["classification"] / "adapter")
     rows = load_rows(DataSettings(source=str(home / "labelled.jsonl"), held_out=8), None)
     right = 0
     for text, label in rows.held_out:

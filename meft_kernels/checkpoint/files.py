@@ -99,7 +99,10 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     """Have a file appear as a whole or not at all."""
     partial = path.with_name(path.name + ".partial")
     try:
+        partial.touch()
+        mode = partial.stat().st_mode
         write(partial)
+        partial.chmod(mode)  # safetensors makes files that nobody else may read
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)

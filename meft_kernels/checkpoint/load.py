@@ -161,8 +161,11 @@ def _load_weights(base: nn.Module, state: PatchState, folder: Path) -> None:
             except PatchError as error:
                 raise AdapterFileError(f"{path}: {error}") from error
         elif found[key].shape != targets[name].shape:
+            rows = found[key].shape[0] if found[key].dim() else 0
+            head = ".meft." not in key and found[key].shape[1:] == targets[name].shape[1:]
             raise AdapterFileError(
                 f"{path}: {key} is {tuple(found[key].shape)}, the model's {tuple(targets[name].shape)}"
+                + (f": if it is a task head, load the model with num_labels={rows}" if head else "")
             )
         elif found[key].is_floating_point() != targets[name].is_floating_point():
             raise AdapterFileError(f"{path}: {key} is {found[key].dtype}, the model's {targets[name].dtype}")
