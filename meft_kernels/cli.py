@@ -1,4 +1,4 @@
-"""The command line: ``meft-kernels demo | train | verify | models | env``."""
+"""The command line: ``meft-kernels demo | train | estimate | verify | models | env``."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import Annotated, Any
 try:
     import typer
 
+    from .commands.estimate import estimate
     from .commands.shared import Data, DType, Model, Rank, Variant, console, errors, given, quiet, to_dtype, user_errors
     from .commands.train import train
 except ModuleNotFoundError as error:  # the library needs neither typer nor rich
@@ -115,6 +116,7 @@ def demo(
 
 
 app.command()(train)
+app.command()(estimate)
 
 
 @app.command()

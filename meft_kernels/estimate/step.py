@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 
 from ..memory import LiveTensorMeter
 from ..state import unwrap
@@ -72,6 +71,14 @@ def _forward(model: Any, batch: Batch, *, loss: bool) -> tuple[torch.Tensor, tor
     return hidden, torch.ones_like(hidden)
 
 
+def _give_head_gradients(base: Any) -> None:
+    """What a fused loss would have left there by now."""
+    in_body = {id(parameter) for parameter in base.base_model.parameters()}
+    for parameter in base.parameters():
+        if parameter.requires_grad and id(parameter) not in in_body:
+            parameter.grad = torch.zeros_like(parameter)
+
+
 def measure_step(model: Any, batch: Batch, *, loss: bool = True, foreach: bool = False) -> StepBytes:
     """Forward, backward and AdamW's update of one step.
 
@@ -86,6 +93,8 @@ def measure_step(model: Any, batch: Batch, *, loss: bool = True, foreach: bool =
     with LiveTensorMeter() as meter:
         output, gradient = _forward(model, batch, loss=loss)
         kept = meter.live_bytes - (0 if gradient is None else gradient.nbytes)
+        if not loss:
+            _give_head_gradients(base)
         output.backward(gradient)
         peak = meter.peak_bytes
         del output, gradient
@@ -98,9 +107,3 @@ def measure_step(model: Any, batch: Batch, *, loss: bool = True, foreach: bool =
         made = meter.live_bytes - before
     optimizer.zero_grad(set_to_none=True)
     return StepBytes(weights, gradients, made, kept, peak, update)
-
-
-def parameters_of(model: nn.Module) -> tuple[int, int]:
-    """Trained and all parameters."""
-    counts = {id(p): (p.numel(), p.requires_grad) for p in model.parameters()}.values()
-    return sum(n for n, trained in counts if trained), sum(n for n, _ in counts)

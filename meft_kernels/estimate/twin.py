@@ -20,7 +20,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import masking_utils
 from transformers.initialization import no_init_weights
 
+from .. import ops
+from ..adapters import Adapter
 from ..comparison.rivals import Budget, Rival
+from ..ops.adapter import api as adapter_api
+from ..ops.coupling import api as coupling
 
 
 class _HealthyValues(TorchDispatchMode):
@@ -38,7 +42,7 @@ class _HealthyValues(TorchDispatchMode):
 
 
 def _set_data(tensor: torch.Tensor, other: torch.Tensor) -> None:
-    """In the place of ``swap_tensors``, by which ``module.to`` moves fake parameters, and which refuses most of them."""
+    """In the place of ``swap_tensors``, by which ``module.to`` changes fake parameters, and which refuses most."""
     tensor.data = other
 
 
@@ -46,21 +50,29 @@ def _no_launch(kernel: Any, grid: Any) -> Any:
     return lambda *args, **kwargs: None
 
 
+def _fused_input(adapter: Adapter, hidden_states: torch.Tensor) -> torch.Tensor | None:
+    reason = ops.why_not_fused(hidden_states, adapter.weights, adapter.activation_name)
+    return None if adapter.impl == "torch" or reason else hidden_states
+
+
+def _use_triton(impl: str, *tensors: torch.Tensor | None, obstacle: str | None = None, what: str = "") -> bool:
+    return impl != "torch" and obstacle is None and coupling.why_not_triton(*tensors) is None
+
+
 @contextlib.contextmanager
-def _triton_everywhere() -> Iterator[None]:
+def _kernels_of_a_gpu() -> Iterator[None]:
     """Our ops allocate as on a GPU: the kernels' host code runs, and launches nothing."""
     from triton.runtime.jit import KernelInterface
 
-    from ..adapters import Adapter
-    from ..ops.adapter import api as adapter
     from ..ops.coupling import triton as kernels
 
     with contextlib.ExitStack() as stack:
         for place, name, value in (
             (KernelInterface, "__getitem__", _no_launch),
-            (kernels, "INTERPRETED", True),  # the kernels take tensors that are not on a GPU
-            (Adapter, "_why_not_fused", lambda self: None),  # a fake weight is no plain Parameter
-            (adapter, "check_gradient", lambda *tensors: None),  # all fake tensors have the same address
+            (kernels, "INTERPRETED", True),  # whose kernels take tensors that are not on a GPU
+            (coupling, "use_triton", _use_triton),
+            (Adapter, "fused_input", _fused_input),
+            (adapter_api, "check_gradient", lambda *tensors: None),  # all fake tensors have the same address
         ):
             stack.enter_context(mock.patch.object(place, name, value))
         yield
@@ -70,14 +82,18 @@ def _triton_everywhere() -> Iterator[None]:
 def simulation(*, gpu: bool) -> Iterator[None]:
     """Inside, tensors are fake, and a training step runs on them as on real ones. Use from one thread at a time."""
     true_tracing = masking_utils.is_tracing
+
+    def is_tracing(tensor: Any = None) -> bool:
+        return bool(true_tracing())
+
     with contextlib.ExitStack() as stack:
         stack.enter_context(warnings.catch_warnings())
         warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
         # transformers makes dense masks when tensors are fake, because it dares not look at their values: here it may.
-        stack.enter_context(mock.patch.object(masking_utils, "is_tracing", lambda tensor=None: true_tracing()))
+        stack.enter_context(mock.patch.object(masking_utils, "is_tracing", is_tracing))
         stack.enter_context(mock.patch.object(torch.utils, "swap_tensors", _set_data))
         if gpu:
-            stack.enter_context(_triton_everywhere())
+            stack.enter_context(_kernels_of_a_gpu())
         stack.enter_context(FakeTensorMode())
         stack.enter_context(_HealthyValues())
         yield
