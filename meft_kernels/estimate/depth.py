@@ -42,9 +42,8 @@ def sample_depths(config: Any) -> list[int]:
     depth = depth_of(config)
     if config.is_encoder_decoder:
         return [depth]
-    period = 1
-    for values in _lists(config).values():
-        period = next(p for p in range(period, depth + 1) if all(a == b for a, b in zip(values, values[p:])))
+    layers = [str(layer) for layer in zip(*_lists(config).values(), strict=True)]  # each with all that is said of it
+    period = next(p for p in range(1, depth + 1) if layers[p:] == layers[: len(layers) - p])
     first = depth % period or period
     while first < MIN_LAYERS:
         first += period

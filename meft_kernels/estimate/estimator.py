@@ -58,6 +58,7 @@ class Estimator:
     loss: bool = True
     gpu: bool = True
     _known: dict[tuple[str, int], StepBytes] = field(default_factory=dict)
+    _rank: int | None = None
 
     def __post_init__(self) -> None:
         if self.meft.arithmetic == "exact" and self.meft.fraction_bits is None:
@@ -91,15 +92,18 @@ class Estimator:
 
     def _budget(self, config: Any) -> Budget:
         """As much as the whole model's, for each layer: LoRA's rank must not change with the depth by rounding."""
-        here = Budget.of(build(config, self.dtype), self.meft)
-        whole_model = build(self.config, self.dtype)
-        rank = lora_rank(whole_model, Budget.of(whole_model, self.meft))
         model = build(config, self.dtype)
-        if lora_rank(model, here) == rank:
+        here = Budget.of(model, self.meft)
+        rank = lora_rank(model, here)
+        if config is self.config:
+            self._rank = rank
+        elif self._rank is None:
+            self._budget(self.config)
+        if self._rank is None or rank == self._rank:
             return here
         far = 10**15
         per_rank = far / lora_rank(model, Budget(self.meft, far))
-        return Budget(self.meft, round(here.trainable + (rank - lora_rank(model, here)) * per_rank))
+        return Budget(self.meft, round(here.trainable + (self._rank - rank) * per_rank))
 
     def notes(self) -> list[str]:
         """What of a real run is known to differ."""

@@ -27,6 +27,13 @@ from ..ops.adapter import api as adapter_api
 from ..ops.coupling import api as coupling
 
 
+class _OneFakeMode(FakeTensorMode):
+    """PEFT copies task heads; a copied tensor would bring a copy of its mode, and two modes' tensors do not mix."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _OneFakeMode:
+        return self
+
+
 class _HealthyValues(TorchDispatchMode):
     """Answers what a program asks of values that are not there: as a step in which nothing goes wrong would.
 
@@ -94,7 +101,7 @@ def simulation(*, gpu: bool) -> Iterator[None]:
         stack.enter_context(mock.patch.object(torch.utils, "swap_tensors", _set_data))
         if gpu:
             stack.enter_context(_kernels_of_a_gpu())
-        stack.enter_context(FakeTensorMode())
+        stack.enter_context(_OneFakeMode())
         stack.enter_context(_HealthyValues())
         yield
 
@@ -122,4 +129,5 @@ def twin(config: Any, dtype: torch.dtype, rival: Rival, budget: Budget) -> Any:
     """The model prepared by ``rival``; call inside of :func:`simulation`."""
     with no_init_weights():
         model = build(config, dtype)
+    model.tie_weights()  # which no_init_weights leaves out
     return rival.prepare(model, budget).train()
