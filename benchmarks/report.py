@@ -16,12 +16,15 @@ from rich.console import Console
 
 from benchmarks.findings.__main__ import FINDINGS
 from benchmarks.gpu.report import TABLES
+from benchmarks.scaling import SETTINGS
 from meft_kernels.comparison.records import Record, read_all
+from meft_kernels.comparison.rivals import RIVALS
 from meft_kernels.comparison.tables import CAPTION, markdown, plot, rows_by_case
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 DOCUMENT = ROOT / "docs" / "RESULTS.md"
+MIB = 2**20
 PLOTS = ("memory", "time")
 FROM_DOCUMENT = "../benchmarks/results"
 
@@ -113,6 +116,56 @@ def gpu(records: list[Record], folder: Path) -> str:
     return "\n\n".join([f"```text\n{text.strip()}\n```", *pictures])
 
 
+def estimator(records: list[Record], folder: Path) -> str:
+    """``benchmarks.estimator``: every point beside its measurement."""
+    parts = []
+    for record in records:
+        lines = [
+            "| model | dtype | batch | rival | kept, MiB | estimated | peak with weights, MiB | estimated | error, % |"
+        ]
+        lines.append("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
+        for point in record.figures["points"]:
+            kept, total = point["kept"], point["total"]
+            error = 100 * (total["estimated"] / total["measured"] - 1)
+            sizes = [f"{value / MIB:.1f}" for pair in (kept, total) for value in (pair["measured"], pair["estimated"])]
+            batch = f"{point['rows']} x {point['tokens']}"
+            title = RIVALS[point["rival"]].title
+            cells = [point["model"], point["dtype"], batch, title, *sizes, f"{error:+.2f}"]
+            lines.append(f"| {' | '.join(cells)} |")
+        worst = f"Worst error, kept bytes included: {record.figures['worst_percent']:.2f} %."
+        parts += [f"{len(record.figures['points'])} points. {worst}", "\n".join(lines)]
+    return "\n\n".join(parts)
+
+
+def scaling(records: list[Record], folder: Path) -> str:
+    """``benchmarks.scaling``: bytes an element of the hidden states, and what a further layer adds."""
+    titles = {name: rival.title for name, rival in {**RIVALS, **SETTINGS}.items()}
+    parts = []
+    for record in records:
+        study, dtype = record.settings["study"], record.settings["dtype"]
+        along = {"depth": "layers", "tokens": "tokens", "width": "width"}[study]
+        points = record.figures["points"]
+        places = sorted({point[along] for point in points})
+        tensors = ", ".join(sorted({point["tensors"] for point in points}))
+        parts.append(
+            f"### {study.capitalize()}, {dtype}\n\nBytes an element of the hidden states (tensors: {tensors})."
+        )
+        head = ["", *(f"{place:,} {along}" for place in places)]
+        fits = record.figures["bytes_per_element"]
+        head += ["a + b x layers"] if fits else []
+        lines = [f"| {' | '.join(head)} |", "|" + " --- |" * len(head)]
+        for what in ("kept", "peak"):
+            for rival in record.settings["rivals"]:
+                mine = {p[along]: p[what] / p["elements"] for p in points if p["rival"] == rival}
+                cells = [f"{titles[rival]}, {what}", *(f"{mine[p]:,.1f}" if p in mine else "-" for p in places)]
+                if fits:
+                    a, b = fits[rival][what]
+                    cells.append(f"{a:.1f} + {b:.4f}")
+                lines.append(f"| {' | '.join(cells)} |")
+        parts += ["\n".join(lines), f"![{study}]({FROM_DOCUMENT}/{folder.name}/{study}_{dtype}.png)"]
+    return "\n\n".join(parts)
+
+
 def draw(results: Path) -> None:
     """The plots that no command has drawn yet: those over all cases of the comparison."""
     folder = results / "comparison"
@@ -126,6 +179,8 @@ SECTIONS = (
         "Against what people would use instead", "comparison", "meft-kernels bench --out benchmarks/results/comparison",
         comparison,
     ),
+    Section("Memory against depth, tokens and width", "scaling", "python -m benchmarks.scaling", scaling),
+    Section("The estimator against measurement", "estimator", "python -m benchmarks.estimator", estimator),
     Section("The paper's findings, in miniature", "findings", "python -m benchmarks.findings all", findings),
     Section("On a GPU", "gpu", "python -m benchmarks.gpu", gpu),
 )  # fmt: skip

@@ -1,4 +1,4 @@
-"""The command line: ``meft-kernels demo | train | bench | verify | models | env``."""
+"""The command line: ``meft-kernels demo | train | bench | estimate | verify | models | env``."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ try:
     import typer
 
     from .commands.bench import bench
+    from .commands.estimate import estimate
     from .commands.shared import Data, DType, Model, Rank, Variant, console, errors, given, quiet, to_dtype, user_errors
     from .commands.train import train
 except ModuleNotFoundError as error:  # the library needs neither typer nor rich
@@ -129,6 +130,7 @@ def demo(
 
 app.command()(train)
 app.command()(bench)
+app.command()(estimate)
 
 
 @app.command()

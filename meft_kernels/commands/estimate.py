@@ -1,0 +1,90 @@
+"""``meft-kernels estimate``: how much memory fine-tuning takes, before anything is downloaded or bought."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..config import MeftConfig
+from .shared import DType, Rank, console, errors, given, quiet, to_dtype, user_errors
+
+_CAPTION = (
+    "From shapes alone, by one training step on tensors without data, unpadded, without autocast, attention as sdpa. "
+    "peak: alive in forward and backward beside weights and AdamW's state, the gradients among it; total: the most at "
+    "any time, AdamW's update included. {loss} Tensors only: CUDA's context and the allocator's gaps come on top "
+    "(of a card sold as 80GB, some 85 x 10^9 bytes, 80 x 10^9 are counted on)."
+)
+_WITH_LOSS = "Logits and loss are in it, which for a large vocabulary is much: --no-loss leaves them out."
+_WITHOUT_LOSS = "Logits and loss are left out, as a fused loss would."
+
+
+def estimate(
+    model: Annotated[
+        str, typer.Option(help="A hub id, a folder with a config.json, minilm, smollm2, or a built-in shape.")
+    ] = "llama-3.1-8b",
+    batch: Annotated[int, typer.Option(min=1, help="Texts in a batch.")] = 1,
+    seq: Annotated[int, typer.Option(min=1, help="Tokens of a text.")] = 512,
+    gpu: Annotated[str | None, typer.Option(help="Memory to fit into: 80GB, 24GiB.")] = None,
+    dtype: DType = "bfloat16",
+    rank: Rank = None,
+    rivals: Annotated[str | None, typer.Option(help="Which, separated by commas.")] = None,
+    loss: Annotated[bool, typer.Option(help="With logits and loss, or without.")] = True,
+    json: Annotated[Path | None, typer.Option(help="Write the figures to this file too.")] = None,
+) -> None:
+    """Memory of a training step of a model that need not be here: weights, activations, peak, longest context."""
+    with user_errors():
+        quiet()
+        # Float streams' drift, LoRA's targets: nothing of it is news about memory.
+        logging.getLogger("meft_kernels").setLevel(logging.ERROR)
+        import torch
+
+        from ..comparison.records import Record
+        from ..comparison.rivals import UnavailableRivalError, rivals_named
+        from ..estimate.estimator import DEFAULT_RIVALS, Estimator, why_not_estimated
+        from ..estimate.report import Estimate, figures, memory_size, table
+        from ..estimate.shapes import find_config
+
+        capacity = None if gpu is None else memory_size(gpu)
+        chosen = rivals_named(DEFAULT_RIVALS if rivals is None else rivals.split(","))
+        for rival in chosen:
+            if rivals is not None and (reason := why_not_estimated(rival)):
+                raise ValueError(f"{rival.name} cannot be estimated: {reason}")
+        config = find_config(model)
+        estimator = Estimator(config, to_dtype(dtype), batch, MeftConfig(**given(rank=rank)), loss=loss)
+        estimates = []
+        for rival in chosen:
+            if reason := why_not_estimated(rival):
+                estimates.append(Estimate(rival, unavailable=reason))
+                continue
+            with console.status(rival.title):
+                try:
+                    step = estimator.step(rival, seq)
+                    longest = None if capacity is None else estimator.longest(rival, capacity, seq)
+                    estimates.append(Estimate(rival, step, longest))
+                except UnavailableRivalError as error:
+                    estimates.append(Estimate(rival, unavailable=str(error)))
+        size = "" if gpu is None else f", into {gpu}"
+        console.print(
+            table(
+                estimates,
+                title=f"{model}, {dtype}, {batch} x {seq:,} tokens{size}",
+                caption=_CAPTION.format(loss=_WITH_LOSS if loss else _WITHOUT_LOSS),
+                config=config,
+                tokens=seq,
+                capacity=capacity,
+            )
+        )
+        for each in estimates:
+            if each.unavailable:
+                errors.print(f"{each.rival.title}: {each.unavailable}", markup=False, highlight=False)
+        for note in estimator.notes():
+            console.print(note, markup=False, highlight=False)
+        if json is not None:
+            settings = {
+                "model": model, "dtype": dtype, "batch": batch, "seq": seq, "capacity": capacity, "loss": loss,
+                "rank": estimator.meft.rank,
+            }  # fmt: skip
+            Record.now("estimate", settings, [figures(e) for e in estimates], torch.device("cpu")).write(json)

@@ -1,0 +1,87 @@
+"""Estimates as a table and as JSON."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from rich.table import Table
+
+from ..comparison.rivals import Rival
+from .shapes import longest_input
+from .step import StepBytes
+
+GIB = 2**30
+_UNITS = {"GB": 10**9, "GIB": GIB, "MB": 10**6, "MIB": 2**20}
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """One rival's row.
+
+    Attributes:
+        longest: tokens of a text that fit; None where no size of memory was given.
+        unavailable: why there are no figures.
+    """
+
+    rival: Rival
+    step: StepBytes | None = None
+    longest: int | None = None
+    unavailable: str | None = None
+
+
+def memory_size(text: str) -> int:
+    """Bytes of ``80GB`` (10^9 bytes each) or ``79.1GiB``.
+
+    Raises:
+        ValueError: it is no size.
+    """
+    found = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([GM]i?B)\s*", text, re.IGNORECASE)
+    if not found or not float(found[1]):
+        raise ValueError(f"--gpu is a size such as 80GB or 79.1GiB, not {text!r}")
+    return int(float(found[1]) * _UNITS[found[2].upper()])
+
+
+def _bytes(value: int) -> str:
+    return f"{value / GIB:,.2f}" if value >= GIB / 100 else f"{value / GIB:,.4f}"
+
+
+def table(
+    estimates: list[Estimate], *, title: str, caption: str, config: Any, tokens: int, capacity: int | None
+) -> Table:
+    """One row a rival, in GiB."""
+    made = Table(title=title, caption=caption, caption_justify="left")
+    made.add_column("GiB")
+    columns = ["weights", "gradients +\nAdamW", "kept after\nforward", "peak of\na step", "total"]
+    for name in (*columns, *(("fits", "longest\ncontext") if capacity is not None else ())):
+        made.add_column(name, justify="right")
+    for estimate in estimates:
+        step = estimate.step
+        if step is None:
+            made.add_row(estimate.rival.title, *["-"] * (len(made.columns) - 1))
+            continue
+        cells = (step.weights, step.gradients + step.optimizer, step.kept, step.peak, step.total)
+        row = [_bytes(value) for value in cells]
+        if capacity is not None:
+            row += ["yes" if step.total <= capacity else "no", _context(estimate.longest, config)]
+        made.add_row(estimate.rival.title, *row)
+    return made
+
+
+def _context(longest: int | None, config: Any) -> str:
+    if longest is None:
+        return "-"
+    return f"{longest:,} (all it takes)" if longest == longest_input(config) else f"{longest:,}"
+
+
+def figures(estimate: Estimate) -> dict[str, Any]:
+    """Plain values for JSON."""
+    step = estimate.step
+    measured = {} if step is None else {**vars(step), "total": step.total}
+    return {
+        "rival": estimate.rival.name,
+        **measured,
+        "longest": estimate.longest,
+        "unavailable": estimate.unavailable,
+    }
