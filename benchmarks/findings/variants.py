@@ -18,7 +18,8 @@ SCHEMES: dict[str, dict[str, Any]] = {
 }
 CLAIM = (
     "The paper has three couplings, in float arithmetic, whose gradients are those of rebuilt inputs; under plain "
-    "autograd the same model has the right ones."
+    "autograd the same model has the right ones. Its coefficients, read-out and adapters' start are part of its scheme "
+    "here."
 )
 _STYLES = {"exact": "-", "paper": "--", "paper, plain autograd": ":"}
 
