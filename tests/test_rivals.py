@@ -57,6 +57,8 @@ def test_budgets_and_places_are_found_in_every_family(family: str) -> None:
     else:
         everywhere, feedforward = targets(model, budget)
         assert set(feedforward) < set(everywhere)
+    lora = RIVALS["lora"].prepare(copy.deepcopy(model), budget)
+    assert abs(count_parameters(lora)[0] - budget.trainable) <= count_parameters(lora)[0] / 2
     made = RIVALS["bottleneck"].prepare(model, budget).train()
     assert sum(".bottleneck." in key for key, p in made.named_parameters() if p.requires_grad) >= 8
 

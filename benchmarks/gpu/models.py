@@ -10,44 +10,12 @@ import torch
 import transformers
 from torch import nn
 
-CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
-    "bert-base": ("BertConfig", {}),
-    "roberta-large": (
-        "RobertaConfig",
-        {
-            "vocab_size": 50265, "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24,
-            "num_attention_heads": 16, "max_position_embeddings": 514, "type_vocab_size": 1, "layer_norm_eps": 1e-5,
-        },
-    ),
-    "opt-1.3b": (
-        "OPTConfig",
-        {
-            "vocab_size": 50272, "hidden_size": 2048, "ffn_dim": 8192, "num_hidden_layers": 24,
-            "num_attention_heads": 32, "max_position_embeddings": 2048, "word_embed_proj_dim": 2048,
-        },
-    ),
-    "llama-3.2-1b": (
-        "LlamaConfig",
-        {
-            "vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
-            "num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 131072,
-            "rms_norm_eps": 1e-5, "tie_word_embeddings": True,
-        },
-    ),
-    "llama-3.1-8b": (
-        "LlamaConfig",
-        {
-            "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
-            "num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 131072,
-            "rms_norm_eps": 1e-5, "tie_word_embeddings": False,
-        },
-    ),
-}  # fmt: skip
+from meft_kernels.estimate.shapes import BUILT_IN
 
 _TINY = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 _TINY_OF = {
-    "OPTConfig": {"ffn_dim": 64, "word_embed_proj_dim": 32},
-    "LlamaConfig": {"intermediate_size": 64, "num_key_value_heads": 2},
+    "opt": {"ffn_dim": 64, "word_embed_proj_dim": 32},
+    "llama": {"intermediate_size": 64, "num_key_value_heads": 2, "head_dim": 8},
 }
 FIRST_TOKEN = 3
 """Smaller ids are padding in some of the families, which RoBERTa counts positions by."""
@@ -55,9 +23,9 @@ FIRST_TOKEN = 3
 
 def config_of(name: str, *, tiny: bool) -> Any:
     """A model's config, or one of the same family that is no model of its size."""
-    kind, settings = CONFIGS[name]
-    small = {**_TINY, **_TINY_OF.get(kind, {"intermediate_size": 64})} if tiny else {}
-    return getattr(transformers, kind)(**{**settings, **small})
+    _, family, settings = BUILT_IN[name]
+    small = {**_TINY, **_TINY_OF.get(family, {"intermediate_size": 64})} if tiny else {}
+    return transformers.CONFIG_MAPPING[family](**{**settings, **small})
 
 
 def build(name: str, device: torch.device, dtype: torch.dtype, *, tiny: bool) -> Any:
@@ -73,7 +41,7 @@ def build(name: str, device: torch.device, dtype: torch.dtype, *, tiny: bool) ->
 
 def is_causal(name: str) -> bool:
     """Whether the task is the next token; the others classify."""
-    return CONFIGS[name][0] in ("OPTConfig", "LlamaConfig")
+    return "CausalLM" in BUILT_IN[name][2]["architectures"][0]
 
 
 def batch_of(model: Any, rows: int, tokens: int, *, loss_on: int | None = None) -> dict[str, Any]:
