@@ -106,13 +106,14 @@ def test_as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_layers_that_differ_are_taken_by_whole_periods() -> None:
     config = Gemma3TextConfig(
-        vocab_size=128, hidden_size=32, intermediate_size=64, num_hidden_layers=14, num_attention_heads=2,
+        vocab_size=128, hidden_size=32, intermediate_size=64, num_hidden_layers=9, num_attention_heads=2,
         num_key_value_heads=1, head_dim=16, sliding_window=16, architectures=["Gemma3ForCausalLM"],
+        layer_types=["sliding_attention", "full_attention"] * 4 + ["sliding_attention"],
     )  # fmt: skip
     low, high = sample_depths(config)
-    assert (low % 6, high % 6) == (2, 2)
+    assert (low, high) == (3, 5)
     fewer = with_depth(config, low)
-    assert fewer.layer_types == config.layer_types[:low] and len(config.layer_types) == 14
+    assert fewer.layer_types == config.layer_types[:low] and len(config.layer_types) == 9
     estimator = Estimator(config, torch.float32, 1, RANK)
     whole = estimator.simulate(config, RIVALS["meft"], 64)
     assert estimator.step(RIVALS["meft"], 64).total == pytest.approx(whole.total, rel=0.01)
@@ -160,8 +161,8 @@ def test_shapes() -> None:
         assert counted == pytest.approx(millions, rel=2e-3), name
     assert find_config("meta-llama/Llama-3.1-8B").hidden_size == 4096
     assert longest_input(find_config("roberta-large")) == 512
-    with pytest.raises(ValueError, match="no config for 'nothing-of-the-kind'"):
-        find_config("nothing-of-the-kind")
+    with pytest.raises(ValueError, match="no config for .*nothing-of-the-kind"):
+        find_config("./nothing-of-the-kind")
 
 
 def test_sizes() -> None:
