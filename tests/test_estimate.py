@@ -105,6 +105,7 @@ def test_as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert 0.5 * gpu.gradients < gpu.update - cpu.update < gpu.gradients
 
 
+@pytest.mark.slow
 def test_kernels_allocate_what_is_estimated(tmp_path: Path) -> None:
     run_checks(ROOT / "tests" / "isolated" / "check_estimate.py", tmp_path / "report.xml", interpret=True, least=3)
 
