@@ -122,6 +122,9 @@ def build(config: Any, dtype: torch.dtype) -> Any:
     """The model in train mode, on the device of the context."""
     config = copy.deepcopy(config)
     config.use_cache = False
+    for name in ("layerdrop", "encoder_layerdrop", "decoder_layerdrop"):
+        if hasattr(config, name):
+            setattr(config, name, 0.0)  # no layer is left out: the most that a step takes
     return auto_class(config).from_config(config, dtype=dtype).train()
 
 
