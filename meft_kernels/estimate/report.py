@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from ..comparison.rivals import Rival
@@ -51,10 +52,10 @@ def table(
     estimates: list[Estimate], *, title: str, caption: str, config: Any, tokens: int, capacity: int | None
 ) -> Table:
     """One row a rival, in GiB."""
-    made = Table(title=title, caption=caption, caption_justify="left")
-    made.add_column("GiB")
-    columns = ["weights", "gradients +\nAdamW", "kept after\nforward", "peak of\na step", "total"]
-    for name in (*columns, *(("fits", "longest\ncontext") if capacity is not None else ())):
+    made = Table(title=title, caption=caption, caption_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    made.add_column("GiB", no_wrap=True)
+    columns = ["weights", "grads,\nAdamW", "kept", "peak", "total"]
+    for name in (*columns, *(("fits", "longest") if capacity is not None else ())):
         made.add_column(name, justify="right")
     for estimate in estimates:
         step = estimate.step
@@ -72,7 +73,7 @@ def table(
 def _context(longest: int | None, config: Any) -> str:
     if longest is None:
         return "-"
-    return f"{longest:,} (all it takes)" if longest == longest_input(config) else f"{longest:,}"
+    return f"all {longest:,}" if longest == longest_input(config) else f"{longest:,}"
 
 
 def figures(estimate: Estimate) -> dict[str, Any]:
