@@ -14,8 +14,8 @@ from .shared import DType, Rank, console, errors, given, quiet, to_dtype, user_e
 _CAPTION = (
     "From shapes alone, by one training step on tensors without data, unpadded, without autocast, attention as sdpa. "
     "kept: alive after forward; peak: alive in forward and backward beside weights and AdamW's state, the gradients "
-    "among it; total: the most at any time, AdamW's update included; longest: tokens of a text that fit. {loss} Tensors "
-    "only: CUDA's context and the allocator's gaps come on top (of a card sold as 80GB, some 85 x 10^9 bytes, "
+    "among it; total: the most at any time, AdamW's update included; longest: tokens of a text that fit. {loss} "
+    "Tensors only: CUDA's context and the allocator's gaps come on top (of a card sold as 80GB, some 85 x 10^9 bytes, "
     "80 x 10^9 are counted on)."
 )
 _WITH_LOSS = "Logits and loss are in it, which for a large vocabulary is much: --no-loss leaves them out."
