@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -194,6 +195,7 @@ def test_command_line(tmp_path: Path) -> None:
         "--json", str(out),
     )  # fmt: skip
     assert done.exit_code == 0, done.output
+    assert logging.getLogger("meft_kernels").level == logging.NOTSET  # what is quiet in a simulation is said after it
     assert "MEFT" in done.output and "yes" in done.output
     rows = json.loads(out.read_text())["figures"]
     assert [(row["rival"], row["longest"]) for row in rows] == [("meft", 256), ("full", 256)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 from typing import Annotated
 
@@ -38,8 +37,6 @@ def estimate(
     """Memory of a training step of a model that need not be here: weights, activations, peak, longest context."""
     with user_errors():
         quiet()
-        # Float streams' drift, LoRA's targets: nothing of it is news about memory.
-        logging.getLogger("meft_kernels").setLevel(logging.ERROR)
         import torch
 
         from ..comparison.records import Record

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import logging
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -93,7 +94,11 @@ def simulation(*, gpu: bool) -> Iterator[None]:
     def is_tracing(tensor: Any = None) -> bool:
         return bool(true_tracing())
 
+    logger = logging.getLogger("meft_kernels")
     with contextlib.ExitStack() as stack:
+        # Float streams' drift, say: nothing of it is news about memory.
+        stack.callback(logger.setLevel, logger.level)
+        logger.setLevel(logging.ERROR)
         stack.enter_context(warnings.catch_warnings())
         warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
         # transformers makes dense masks when tensors are fake, because it dares not look at their values: here it may.
