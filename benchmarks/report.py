@@ -19,12 +19,11 @@ from benchmarks.gpu.report import TABLES
 from benchmarks.scaling import SETTINGS
 from meft_kernels.comparison.records import Record, read_all
 from meft_kernels.comparison.rivals import RIVALS
-from meft_kernels.comparison.tables import CAPTION, markdown, plot, rows_by_case
+from meft_kernels.comparison.tables import CAPTION, MIB, markdown, plot, rows_by_case
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 DOCUMENT = ROOT / "docs" / "RESULTS.md"
-MIB = 2**20
 PLOTS = ("memory", "time")
 FROM_DOCUMENT = "../benchmarks/results"
 

@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
+from benchmarks.gpu.measure import CudaMeter
 from benchmarks.real import real_batch, real_model
 from meft_kernels import MeftConfig
-from meft_kernels.comparison.loop import footprint
+from meft_kernels.comparison.loop import footprint, repeated_step
 from meft_kernels.comparison.rivals import RIVALS, Budget, UnavailableRivalError
 from meft_kernels.state import count_parameters
 
@@ -47,17 +47,14 @@ def test_step(
         made = chosen.prepare(real_model(model, torch.float32).to(device), budget(model)).train()
     except UnavailableRivalError as error:
         pytest.skip(str(error))
-    parameters = [parameter for parameter in made.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=0.0)  # so that all rounds do the same
-
-    def step() -> None:
-        made(**batch).loss.backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
+    step = repeated_step(made, batch, 1.0)
     step()  # calibration, the optimizer's state
     size = footprint(made, batch)
+    allocator = {}
+    if device.type == "cuda":
+        with CudaMeter(device) as meter:
+            step()
+        allocator["allocator_peak_bytes"] = meter.peak_bytes
     seconds = timed(
         step,
         group=f"{model}, {rows} x {tokens} tokens",
@@ -65,18 +62,6 @@ def test_step(
         trainable=count_parameters(made)[0],
         kept_bytes=size.kept,
         peak_bytes=size.peak,
-        **allocator_peak(step, device),
+        **allocator,
     )
     timed.extra_info["tokens_per_second"] = int(batch["attention_mask"].sum()) / seconds
-
-
-def allocator_peak(step: Any, device: torch.device) -> dict[str, int]:
-    """On CUDA, the most that the allocator held during a step, over what it held before."""
-    if device.type != "cuda":
-        return {}
-    torch.cuda.synchronize(device)
-    before = torch.cuda.memory_allocated(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    step()
-    torch.cuda.synchronize(device)
-    return {"allocator_peak_bytes": torch.cuda.max_memory_allocated(device) - before}

@@ -15,7 +15,20 @@ try:
 
     from .commands.bench import bench
     from .commands.estimate import estimate
-    from .commands.shared import Data, DType, Model, Rank, Variant, console, errors, given, quiet, to_dtype, user_errors
+    from .commands.shared import (
+        Data,
+        DType,
+        Model,
+        Rank,
+        Variant,
+        console,
+        default_device,
+        errors,
+        given,
+        quiet,
+        to_dtype,
+        user_errors,
+    )
     from .commands.train import train
 except ModuleNotFoundError as error:  # the library needs neither typer nor rich
     raise SystemExit(f'the command line needs the package {error.name}: pip install "meft_kernels[demo]"') from None
@@ -75,7 +88,7 @@ def demo(
         from .comparison.tasks import Task
         from .comparison.texts import load_texts
         from .demo.report import plot, table, write_json
-        from .demo.run import METHODS, Demo, default_device, run_demo
+        from .demo.run import METHODS, Demo, run_demo
         from .packages import require
 
         chosen: tuple[str, ...] = METHODS if compare else METHODS[:1]
@@ -157,7 +170,6 @@ def verify(
 
         from .comparison.tasks import Task
         from .comparison.texts import load_texts
-        from .demo.run import default_device
         from .patching import patch
         from .verify import verify as run_verify
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -53,6 +54,14 @@ def _is_number(value: Any) -> bool:
 def option(default: Any, text: str) -> Any:
     """A dataclass field with a default and a help text."""
     return field(default=default, metadata={"help": text})
+
+
+def no_setting(name: Any, known: Iterable[str]) -> str:
+    """What to tell of a name that is no setting: the nearest that is, and all of them."""
+    known = sorted(known)
+    near = difflib.get_close_matches(str(name), known, n=1)
+    hint = f": did you mean {near[0]}?" if near else "."
+    return f"there is no setting {name!r}{hint} Known are {', '.join(known)}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,9 +183,7 @@ class MeftConfig:
         known = [f.name for f in dataclasses.fields(self)]
         for name in settings:
             if name not in known:
-                near = difflib.get_close_matches(name, known, n=1)
-                hint = f": did you mean {near[0]}?" if near else "."
-                raise TypeError(f"there is no setting {name!r}{hint} Known are {', '.join(sorted(known))}")
+                raise TypeError(no_setting(name, known))
         return dataclasses.replace(self, **settings)
 
     def to_dict(self) -> dict[str, Any]:

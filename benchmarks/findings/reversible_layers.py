@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import copy
 import statistics
-import time
 from typing import Any
 
 import torch
 
 import meft_kernels
 from benchmarks.real import real_batch, real_model
+from benchmarks.step_time import stepper
 from meft_kernels import MeftConfig
 from meft_kernels.comparison.loop import footprint
 from meft_kernels.comparison.records import Record
+from meft_kernels.comparison.tables import MIB
+from meft_kernels.comparison.timing import interleaved
 from meft_kernels.state import unwrap
 
 from . import training
-from .shared import PAPER, Finding, Job, Sizes, change, mean_of, of_kind, percent
+from .shared import CPU, PAPER, Finding, Job, Sizes, change, mean_of, of_kind, percent
 
 KIND = "finding-steps"
 CLAIM = (
@@ -29,7 +31,6 @@ SCHEMES: dict[str, dict[str, Any]] = {
     "paper": {**PAPER, "variant": "meft3"},  # the one whose inverse loses most in each layer
 }
 ALL_OF = {"minilm": 6, "smollm2": 30}
-MIB = 2**20
 
 
 def trained_config(scheme: str, count: int, layers: int) -> dict[str, Any]:
@@ -81,16 +82,11 @@ def measure(settings: dict[str, Any]) -> list[dict[str, Any]]:
         models[count] = meft_kernels.patch(
             model, MeftConfig.from_dict({**settings["config"], "reversible_layers": count})
         )
-    sizes = {count: footprint(model, batch) for count, model in models.items()}
-    seconds: dict[int, list[float]] = {count: [] for count in models}
-    for _ in range(settings["rounds"]):
-        for count, model in models.items():
-            began = time.perf_counter()
-            model(**batch).loss.backward()
-            seconds[count].append(time.perf_counter() - began)
-            model.zero_grad(set_to_none=True)
+    sizes = {count: footprint(model, batch) for count, model in models.items()}  # which warms up as well
+    steps = {str(count): stepper(model, batch) for count, model in models.items()}
+    seconds = interleaved(steps, rounds=settings["rounds"], device=CPU, warm_up=0).seconds
     return [
-        {"reversible": count, "kept": size.kept, "peak": size.peak, "seconds": seconds[count]}
+        {"reversible": count, "kept": size.kept, "peak": size.peak, "seconds": seconds[str(count)]}
         for count, size in sizes.items()
     ]
 

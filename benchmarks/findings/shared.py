@@ -196,8 +196,3 @@ def fraction(q: int) -> str:
 def coefficients(variant: str, q: int, *, sign: int) -> dict[str, float]:
     """The variant's own coefficients at +-1/q."""
     return dict.fromkeys(LANES[variant], sign / q)
-
-
-def smooth(values: list[float], window: int) -> list[float]:
-    """A running mean: single batches are too noisy to compare by eye."""
-    return [statistics.fmean(values[max(0, i - window + 1) : i + 1]) for i in range(len(values))]

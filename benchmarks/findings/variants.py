@@ -6,9 +6,10 @@ import statistics
 from typing import Any
 
 from meft_kernels.comparison.records import Record
+from meft_kernels.comparison.tables import smooth
 
 from . import training
-from .shared import PAPER, VARIANTS, Finding, Job, Sizes, change, mean_of, percent, smooth
+from .shared import PAPER, VARIANTS, Finding, Job, Sizes, change, mean_of, percent
 
 SCHEMES: dict[str, dict[str, Any]] = {
     "exact": {},

@@ -13,8 +13,10 @@ import torch
 from torch import nn
 
 from meft_kernels.comparison.rivals import Budget, Rival, UnavailableRivalError
+from meft_kernels.estimate.step import tensor_bytes
 from meft_kernels.memory import LiveTensorMeter
 from meft_kernels.packages import MissingPackageError
+from meft_kernels.state import count_parameters
 
 from .models import own, trained, twin
 from .progress import Progress
@@ -132,10 +134,8 @@ class Runner:
 
     def weights(self) -> dict[str, int]:
         """Trained parameters, and bytes of all weights; a shared one counts once."""
-        tensors = [*self.model.parameters(), *self.model.buffers()]
-        storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
-        trainable = sum(parameter.numel() for parameter in trained(self.model))
-        return {"trainable": trainable, "weights_bytes": sum(storages.values())}
+        weights = tensor_bytes([*self.model.parameters(), *self.model.buffers()])
+        return {"trainable": count_parameters(self.model)[0], "weights_bytes": weights}
 
 
 def attempt(progress: Progress, name: str, device: torch.device, work: Callable[[], T]) -> T | None:

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from meft_kernels.comparison.records import Record
 from meft_kernels.comparison.rivals import RIVALS
+from meft_kernels.comparison.tables import MIB
 from meft_kernels.packages import MissingPackageError, require
 
 from .measure import DOES_NOT_FIT
@@ -18,7 +19,6 @@ from .pieces import RUN
 from .progress import Piece, Progress
 from .training import ORDER
 
-MIB = 2**20
 BASELINE = "lora_checkpointing"
 
 

@@ -123,9 +123,7 @@ def run_piece(piece: Piece, options: argparse.Namespace, folder: Path, until: fl
             died = start_worker(piece, options, folder, until, log)
         progress = Progress.load(piece, folder)
         if died not in (None, BROKEN):
-            last = one_line(
-                "\n".join(reversed((folder / f"{piece.name}.log").read_text(errors="replace").splitlines()))
-            )
+            last = last_line((folder / f"{piece.name}.log").read_text(errors="replace"))
             running = progress.running
             progress.blame(f"its process {died}; last words: {last}")
             print(f"  {running or 'before anything was measured'}: the process {died}: {last}", flush=True)

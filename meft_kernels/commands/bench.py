@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from .shared import DType, Rank, console, errors, given, quiet, to_dtype, user_errors
+from .shared import DType, Rank, console, default_device, errors, given, quiet, to_dtype, user_errors
 
 QUICK = {"steps": 6, "batch_size": 4, "max_length": 32, "held_out": 32}
 QUICK_RIVALS = "meft2,lora,lora_checkpointing"
@@ -58,7 +58,6 @@ def bench(
         from ..comparison.runs import Setup
         from ..comparison.tables import markdown, plot, rows_by_case, table
         from ..config import MeftConfig
-        from ..demo.run import default_device
         from ..packages import require
 
         for module in ("datasets", "peft", "matplotlib"):

@@ -62,6 +62,13 @@ def to_dtype(name: str) -> torch.dtype:
     return known[name]
 
 
+def default_device() -> torch.device:
+    """The GPU if there is one."""
+    import torch
+
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def given(**options: Any) -> dict[str, Any]:
     """The options that were given."""
     return {name: value for name, value in options.items() if value is not None}

@@ -17,12 +17,12 @@ from ..errors import MeftError
 from ..state import count_parameters
 from ..verify import verify
 from .cases import Case
-from .loop import footprint, train
+from .loop import footprint, repeated_step, train
 from .recipes import Recipe
 from .records import Record
 from .rivals import Budget, Rival
-from .tasks import Batch, Task
-from .texts import batch_indices
+from .tasks import Task
+from .texts import LabelledTexts, batch_indices
 from .timing import interleaved
 
 TRAINED, TIMED = "comparison", "step_time"
@@ -65,11 +65,15 @@ class Setup:
         """The pretrained model, on the CPU; ``seed`` is that of a new head."""
         return self.task.load(dtype=self.dtype, device=torch.device("cpu"), seed=seed)
 
-    def prepared(self, base: nn.Module, rival: Rival, seed: int) -> nn.Module:
+    def prepared(self, base: nn.Module, budget: Budget, rival: Rival, seed: int) -> nn.Module:
         """A rival's own copy, ready to train."""
-        budget = Budget.of(base, self.config)
         torch.manual_seed(seed)
         return rival.prepare(copy.deepcopy(base).to(self.device), budget).train()
+
+    def score(self, model: nn.Module, texts: LabelledTexts) -> float:
+        """On the held-out texts; a language model's logits are large."""
+        batch_size = 16 if self.task.causal else 64
+        return self.task.score(model, texts.held_out, batch_size=batch_size, device=self.device)
 
 
 def is_done(path: Path, settings: dict[str, Any]) -> bool:
@@ -95,7 +99,8 @@ def _figures(setup: Setup, rival: Rival, seed: int, lr: float, on_step: Callable
     task, recipe, device = setup.task, setup.recipe, setup.device
     texts = setup.case.texts(recipe, setup.train_texts, seed)
     batches = batch_indices(texts.train.texts, batch_size=recipe.batch_size, steps=recipe.steps, seed=seed)
-    model = setup.prepared(setup.base(seed), rival, seed)
+    base = setup.base(seed)
+    model = setup.prepared(base, Budget.of(base, setup.config), rival, seed)
     trainable = count_parameters(model)[0]
     batch = task.batch(texts.train, batches[0], device)
     torch.manual_seed(seed)  # the same dropout for every rival, as far as they draw alike
@@ -106,7 +111,7 @@ def _figures(setup: Setup, rival: Rival, seed: int, lr: float, on_step: Callable
     figures = {
         "metric": task.metric,
         "higher_is_better": task.higher_is_better,
-        "score": task.score(model, texts.held_out, batch_size=64 if not task.causal else 16, device=device),
+        "score": setup.score(model, texts),
         "trainable": trainable,
         "adapter_bytes": sum(p.nbytes for p in model.parameters() if p.requires_grad),
         "kept_bytes": size.kept,
@@ -125,8 +130,7 @@ def before(setup: Setup, seed: int) -> Record:
     """The pretrained model's own score, and the head's first guess."""
     texts = setup.case.texts(setup.recipe, setup.train_texts, seed)
     model = setup.base(seed).to(setup.device)
-    batch_size = 64 if not setup.task.causal else 16
-    score = setup.task.score(model, texts.held_out, batch_size=batch_size, device=setup.device)
+    score = setup.score(model, texts)
     figures = {"metric": setup.task.metric, "higher_is_better": setup.task.higher_is_better, "score": score}
     return Record.now(TRAINED, settings_before(setup, seed), figures, setup.device)
 
@@ -144,10 +148,12 @@ def time_rivals(
     indices = batch_indices(texts.train.texts, batch_size=setup.recipe.batch_size, steps=1, seed=0)[0]
     batch = setup.task.batch(texts.train, indices, setup.device)
     base = setup.base(0)
+    budget = Budget.of(base, setup.config)
     steps, failed = {}, {}
     for rival in rivals:
         try:
-            steps[rival.name] = _step(setup.prepared(base, rival, 0), batch, setup.recipe)
+            model = setup.prepared(base, budget, rival, 0)
+            steps[rival.name] = repeated_step(model, batch, setup.recipe.max_grad_norm)
         except (MeftError, torch.OutOfMemoryError) as error:
             failed[rival.name] = f"{type(error).__name__}: {error}"
     times = interleaved(steps, rounds=rounds, device=setup.device, on_round=on_round)
@@ -160,16 +166,3 @@ def time_rivals(
 def timing_settings(setup: Setup, rivals: list[Rival], rounds: int) -> dict[str, Any]:
     """Of :func:`time_rivals`."""
     return {**setup.settings(), "rivals": [rival.name for rival in rivals], "rounds": rounds}
-
-
-def _step(model: nn.Module, batch: Batch, recipe: Recipe) -> Callable[[], object]:
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=0.0)  # so that all rounds do the same
-
-    def step() -> None:
-        model(**batch).loss.backward()
-        nn.utils.clip_grad_norm_(parameters, recipe.max_grad_norm)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-    return step

@@ -113,21 +113,18 @@ def load_suite(name: str, *, held_out: int, train: int | None = None, seed: int 
     datasets = require("datasets")
     task, _, folder = name.partition("=")
     suite = SUITES[task]
-    hub, config = suite.hub
     if folder and not Path(folder).is_dir():
         raise ValueError(f"there is no folder {folder}")
     try:
-        found = datasets.load_from_disk(folder) if folder else _from_hub(datasets, hub, config, suite.revision)
+        found = (
+            datasets.load_from_disk(folder) if folder else datasets.load_dataset(*suite.hub, revision=suite.revision)
+        )
         parts = [found["train"], found[suite.validation]]
         splits = [_split(suite, rows, seed, most) for rows, most in zip(parts, (train, held_out), strict=True)]
     except (OSError, ValueError, KeyError, TypeError, datasets.exceptions.DatasetsError) as error:
         way_out = "" if folder else f"; without a network: {task}=folder of save_to_disk"
         raise ValueError(f"{name} cannot be read: {type(error).__name__}: {error}{way_out}") from None
     return LabelledTexts(task, suite.classes, splits[0], splits[1], suite.prompt, suite.metric)
-
-
-def _from_hub(datasets: Any, hub: str, config: str | None, revision: str | None) -> Any:
-    return datasets.load_dataset(hub, config, **({} if revision is None else {"revision": revision}))
 
 
 def _split(suite: Suite, rows: Any, seed: int, most: int | None) -> Split:

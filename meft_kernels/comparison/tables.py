@@ -64,12 +64,17 @@ def rows_by_case(records: Iterable[Record]) -> dict[str, list[Row]]:
     return {case: sorted(rows.values(), key=lambda row: order.index(row.rival)) for case, rows in cases.items()}
 
 
-def _spread(values: list[float], form: str) -> str:
+def spread(values: list[float], form: str) -> str:
     """Mean; with several seeds the sample standard deviation too."""
     if not values:
         return "-"
     mean = format(statistics.fmean(values), form)
     return mean if len(values) == 1 else f"{mean} ± {format(statistics.stdev(values), form)}"
+
+
+def smooth(values: list[float], window: int) -> list[float]:
+    """A running mean: single batches are too noisy to compare by eye."""
+    return [statistics.fmean(values[max(0, i - window + 1) : i + 1]) for i in range(len(values))]
 
 
 def _number(value: float | None, form: str) -> str:
@@ -99,7 +104,7 @@ _COLUMNS: list[tuple[str, Callable[[Row], str]]] = [
     ("trained", lambda row: row.title),
     (
         "{score}",
-        lambda row: _spread(row.values("score"), ".1f" if row.runs and row.runs[0]["higher_is_better"] else ".3f"),
+        lambda row: spread(row.values("score"), ".1f" if _higher_is_better([row]) else ".3f"),
     ),
     ("seeds", lambda row: str(len(row.runs)) if row.runs else "-"),
     ("parameters", lambda row: _number(row.mean("trainable"), ",.0f")),

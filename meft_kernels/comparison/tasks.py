@@ -126,7 +126,7 @@ class Task:
         The model's mode is put back.
         """
         predicted = torch.zeros(len(split), dtype=torch.float64)
-        for indices, output in self._outputs(model, split, batch_size, device):
+        for indices, _, output in self._outputs(model, split, batch_size, device):
             predicted[indices] = self.predictions(output.logits).double().cpu()
         expected = torch.tensor(split.labels, dtype=torch.float64)
         if self.metric == "accuracy":
@@ -136,16 +136,17 @@ class Task:
 
     def _outputs(
         self, model: nn.Module, split: Split, batch_size: int, device: torch.device
-    ) -> Iterator[tuple[list[int], Any]]:
+    ) -> Iterator[tuple[list[int], Batch, Any]]:
         """What the model gives for each batch, texts of like length together."""
         was_training = model.training
         model.eval()
         by_length = sorted(range(len(split)), key=lambda i: len(split.texts[i]))
         for start in range(0, len(split), batch_size):
             indices = by_length[start : start + batch_size]
+            batch = self.batch(split, indices, device)
             with torch.no_grad():
-                output = model(**self.batch(split, indices, device))
-            yield indices, output
+                output = model(**batch)
+            yield indices, batch, output
         model.train(was_training)
 
 
@@ -169,6 +170,6 @@ class LanguageTask(Task):
     def score(self, model: nn.Module, split: Split, *, batch_size: int, device: torch.device) -> float:
         """Nats per token, in eval mode; lower is better."""
         sums = torch.zeros(2, dtype=torch.float64)
-        for indices, output in self._outputs(model, split, batch_size, device):
-            sums += token_losses(output.logits, self.batch(split, indices, device)["labels"]).sum(0).cpu()
+        for _, batch, output in self._outputs(model, split, batch_size, device):
+            sums += token_losses(output.logits, batch["labels"]).sum(0).cpu()
         return float(sums[0] / sums[1])

@@ -14,16 +14,9 @@ import torch
 from rich.table import Table
 
 from ..comparison.rivals import RIVALS
+from ..comparison.tables import MIB, smooth, spread
 from ..packages import require
 from .run import Demo, Outcome
-
-MIB = 2**20
-
-
-def _spread(values: list[float], form: str) -> str:
-    """The mean; with several seeds, and the sample standard deviation."""
-    mean = format(statistics.mean(values), form)
-    return mean if len(values) == 1 else f"{mean} ± {format(statistics.stdev(values), form)}"
 
 
 def _verdict(values: list[bool | None], good: str, bad: str) -> str:
@@ -39,14 +32,14 @@ def _exactness(runs: list[Outcome]) -> str:
 
 
 _ROWS: list[tuple[str, Callable[[list[Outcome]], str]]] = [
-    ("accuracy before, %", lambda runs: _spread([run.accuracy_before for run in runs], ".1f")),
-    ("accuracy after, %", lambda runs: _spread([run.accuracy_after for run in runs], ".1f")),
+    ("accuracy before, %", lambda runs: spread([run.accuracy_before for run in runs], ".1f")),
+    ("accuracy after, %", lambda runs: spread([run.accuracy_after for run in runs], ".1f")),
     ("trainable parameters", lambda runs: f"{runs[0].trainable:,}"),
     ("rank", lambda runs: str(runs[0].rank)),
     ("learning rate", lambda runs: f"{runs[0].lr:g}"),
-    ("activations kept, MiB", lambda runs: _spread([run.kept_bytes / MIB for run in runs], ".1f")),
-    ("peak of a step, MiB", lambda runs: _spread([run.peak_bytes / MIB for run in runs], ".1f")),
-    ("seconds per step", lambda runs: _spread([run.seconds_per_step for run in runs], ".3f")),
+    ("activations kept, MiB", lambda runs: spread([run.kept_bytes / MIB for run in runs], ".1f")),
+    ("peak of a step, MiB", lambda runs: spread([run.peak_bytes / MIB for run in runs], ".1f")),
+    ("seconds per step", lambda runs: spread([run.seconds_per_step for run in runs], ".3f")),
     ("rebuilt bit for bit", _exactness),
     (
         "gradient error",
@@ -103,12 +96,6 @@ def write_json(demo: Demo, outcomes: list[Outcome], path: Path) -> None:
     path.write_text(json.dumps(document, indent=1, default=str) + "\n", encoding="utf-8")
 
 
-def _smooth(values: list[float]) -> list[float]:
-    """Running mean of the last tenth of the run: single batches are too noisy to compare methods by eye."""
-    window = max(1, len(values) // 10)
-    return [statistics.fmean(values[max(0, i - window + 1) : i + 1]) for i in range(len(values))]
-
-
 def plot(demo: Demo, outcomes: list[Outcome], path: Path) -> None:
     """Loss curves (mean over seeds) and memory bars, as PNG."""
     require("matplotlib")
@@ -120,7 +107,9 @@ def plot(demo: Demo, outcomes: list[Outcome], path: Path) -> None:
     for position, (method, runs) in enumerate(grouped.items()):
         curve = [statistics.fmean(step) for step in zip(*(run.losses for run in runs), strict=True)]
         # Checkpointing does not change what LoRA learns: dashed, so that the curve below it shows.
-        (line,) = losses.plot(_smooth(curve), "--" if RIVALS[method].dashed else "-", label=RIVALS[method].title)
+        (line,) = losses.plot(
+            smooth(curve, max(1, len(curve) // 10)), "--" if RIVALS[method].dashed else "-", label=RIVALS[method].title
+        )
         for offset, value, alpha in ((-0.2, runs[0].kept_bytes, 1.0), (0.2, runs[0].peak_bytes, 0.45)):
             bars = memory.bar(position + offset, value / MIB, 0.38, color=line.get_color(), alpha=alpha)
             memory.bar_label(bars, fmt="%.1f")

@@ -74,11 +74,6 @@ class Demo:
         return plain
 
 
-def default_device() -> torch.device:
-    """The GPU if there is one."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
 def run_demo(demo: Demo, task: Task, on_outcome: Callable[[Outcome], None] = lambda outcome: None) -> list[Outcome]:
     """Train every method with every seed, and tell ``on_outcome`` of each.
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -14,7 +13,7 @@ from typing import Any, Literal
 import torch
 import transformers
 
-from ..config import MeftConfig, option
+from ..config import MeftConfig, no_setting, option
 from ..pretrained import NAMES
 from .sources import REVIEW_SETS
 
@@ -236,9 +235,7 @@ def _check_names(given: Iterable[Any], known: Iterable[str], where: str) -> None
     known = list(known)
     for name in given:
         if name not in known:
-            near = difflib.get_close_matches(str(name), known, n=1)
-            hint = f": did you mean {near[0]}?" if near else "."
-            raise ValueError(f"{where}: there is no setting {name!r}{hint} Known are {', '.join(sorted(known))}")
+            raise ValueError(f"{where}: {no_setting(name, known)}")
 
 
 _SIMPLE = (int, float, bool, str, dict, list, types.NoneType)
