@@ -30,6 +30,7 @@ for package in ("accelerate", "datasets", "yaml"):
     pytest.importorskip(package)
 
 TASKS = ("classification", "causal-lm")
+AUTO_CLASSES = {"classification": "AutoMeftModelForSequenceClassification", "causal-lm": "AutoMeftModelForCausalLM"}
 SMALL = ["--batch-size", "4", "--max-length", "12", "--held-out", "8", "--rank", "4"]
 
 
@@ -76,7 +77,8 @@ def whole(home: Path) -> dict[str, Path]:
     made = {}
     for task in TASKS:
         made[task] = home / f"whole-{task}"
-        run(*options(home, task), "--config", home / "often.yaml", "--out", made[task])
+        said = run(*options(home, task), "--config", home / "often.yaml", "--out", made[task])
+        assert f"use it: meft_kernels.{AUTO_CLASSES[task]}.from_pretrained(" in said
     return made
 
 

@@ -45,6 +45,11 @@ _AUTO_CLASSES = {
 }
 
 
+def auto_class_for(model_class: str) -> str:
+    """The class that loads base model and adapter, for a class of transformers by its name."""
+    return next((name for end, name in _AUTO_CLASSES.items() if model_class.endswith(end)), "AutoMeftModel")
+
+
 def model_card(description: dict[str, Any], parameters: int) -> str:
     """Markdown with the hub's metadata on top.
 
@@ -59,12 +64,11 @@ def model_card(description: dict[str, Any], parameters: int) -> str:
     )
     settings = description["config"]
     model_class = description["base_model_class"]
-    auto_class = next((name for end, name in _AUTO_CLASSES.items() if model_class.endswith(end)), "AutoMeftModel")
     return _TEMPLATE.format(
         metadata=metadata.to_yaml().strip(),
         base=f"[{base}](https://huggingface.co/{base})" if on_hub else f"a `{model_class}`",
         library_version=description["library_version"],
-        auto_class=auto_class,
+        auto_class=auto_class_for(model_class),
         parameters=parameters,
         settings="\n".join(f"| `{name}` | `{value!r}` |" for name, value in settings.items()),
         **{name: settings[name] for name in ("variant", "arithmetic", "rank")},

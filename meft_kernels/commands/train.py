@@ -94,8 +94,7 @@ def train(
 
     console.print(f"held out: {describe_metrics(outcome.metrics)}", highlight=False)
     console.print(f"written to {out}: {', '.join((ADAPTER, METRICS, SETTINGS, HISTORY))}", highlight=False)
-    auto_class = "ForSequenceClassification" if "accuracy" in outcome.metrics else "ForCausalLM"
-    use = f'meft_kernels.AutoMeftModel{auto_class}.from_pretrained("{out / ADAPTER}")'
+    use = f'meft_kernels.{outcome.auto_class}.from_pretrained("{out / ADAPTER}")'
     console.print(f"use it: {use}", highlight=False, markup=False, soft_wrap=True)
 
 

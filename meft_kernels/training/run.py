@@ -14,6 +14,7 @@ import torch
 import transformers
 
 from ..callback import MeftCallback
+from ..checkpoint.card import auto_class_for
 from ..checkpoint.load import load_adapter
 from ..checkpoint.save import save_adapter
 from ..errors import MeftError
@@ -44,6 +45,8 @@ class Outcome:
     interrupted: bool
     step: int
     metrics: dict[str, float]
+    auto_class: str
+    """What loads the result again; see :mod:`meft_kernels.auto`."""
 
 
 def train(given: Mapping[str, Any], out: Path, *, resume: bool, overwrite: bool, console: Any) -> Outcome:
@@ -90,6 +93,7 @@ def train(given: Mapping[str, Any], out: Path, *, resume: bool, overwrite: bool,
         )
     transformers.set_seed(arguments.seed)  # a new head and the adapters
     model = patch(_load(pretrained, settings, rows), settings.meft)
+    auto_class = auto_class_for(type(model).__name__)
     checkpoint = _last_whole(out, console) if resume else None
     trainable, total = count_parameters(model)
     console.print(
@@ -124,7 +128,7 @@ def train(given: Mapping[str, Any], out: Path, *, resume: bool, overwrite: bool,
             with stop.listening():
                 trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
             if stop.requested:
-                return Outcome(True, trainer.state.global_step, {})
+                return Outcome(True, trainer.state.global_step, {}, auto_class)
     finally:
         shown.close()
     pretrained.tokenizer.save_pretrained(out / ADAPTER)  # before the adapter, whose config comes last
@@ -133,7 +137,7 @@ def train(given: Mapping[str, Any], out: Path, *, resume: bool, overwrite: bool,
     write_history(out / HISTORY, trainer.state.log_history)
     document = {"steps": trainer.state.global_step, "epochs": trainer.state.epoch, **found}
     (out / METRICS).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    return Outcome(False, trainer.state.global_step, found)
+    return Outcome(False, trainer.state.global_step, found, auto_class)
 
 
 def _absolute(given: dict[str, Any]) -> dict[str, Any]:
