@@ -14,6 +14,7 @@ from transformers.activations import ACT2FN
 
 from . import ops
 from .errors import ReversibleUsageError
+from .modules import modules_of
 from .notices import warn_once
 from .ops import AdapterWeights
 from .ops.coupling.api import Impl
@@ -123,8 +124,9 @@ class Adapter(nn.Module):
 
     def _why_not_fused(self) -> str | None:
         """What of this module the kernels would pass by."""
-        for name, module in self.named_modules():
+        for module in modules_of(self):
             if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks:
+                name = next(name for name, part in self.named_modules() if part is module)
                 return f"hooks are registered on {name or 'the adapter'}"
         for name in ("down", "up"):
             linear = getattr(self, name)

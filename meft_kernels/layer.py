@@ -17,6 +17,7 @@ from .adapters import Adapter, FfnTap, FusedBranch
 from .architectures import LayerSpec
 from .compiling import compiled_for, why_not_compiled
 from .errors import ReversibleUsageError
+from .modules import parameters_of
 from .notices import warn_once
 from .replay import no_leaf
 from .variants import Branch, Plan
@@ -221,7 +222,7 @@ def differentiable(
         The tensors themselves; the leaves to differentiate by (parameters stand for themselves, arguments for detached
         copies); and ``kwargs`` with those copies in place.
     """
-    tensors: list[torch.Tensor] = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    tensors: list[torch.Tensor] = [parameter for parameter in parameters_of(module) if parameter.requires_grad]
     leaves = list(tensors)
 
     def detach(tensor: torch.Tensor) -> torch.Tensor:

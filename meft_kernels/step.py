@@ -12,6 +12,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from .adapters import FusedBranch
 from .errors import ReversibleUsageError
 from .extras import Extras
+from .modules import parameters_of
 from .ops import Coupled
 from .replay import draw_seed, no_leaf, seeded
 from .tape import Tape
@@ -275,7 +276,7 @@ class Step:
                 given = _Given(y, center, center_value, dy, d_center, d_extras, owned, value_dtype, wants_center)
                 a, a_value, checksum, d_center = self._undo(lane, given, gradients)
                 del given
-                tape.comparisons.append((self._where(lane), checksum == self.checksums[lane.name]))
+                tape.comparisons.append((self._where(lane), checksum, self.checksums[lane.name]))
                 if lane.centered:
                     d_center = d_center - da
                 owned = True
@@ -344,7 +345,7 @@ class Step:
 
     def _check_parameters(self) -> None:
         """The recompute must reach the parameters that forward recorded, or they would silently get no gradient."""
-        present = {id(parameter) for parameter in self.layer.module.parameters()}
+        present = {id(parameter) for parameter in parameters_of(self.layer.module)}
         for parameter in self.inputs:
             if isinstance(parameter, nn.Parameter) and not (id(parameter) in present and parameter.requires_grad):
                 raise ReversibleUsageError(

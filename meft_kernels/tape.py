@@ -58,8 +58,8 @@ class Tape:
     """Of the stack that this pass runs through."""
     statuses: list[tuple[str, torch.Tensor]] = field(default_factory=list)
     """For every lane moved so far: where, and the status that the coupling reported."""
-    comparisons: list[tuple[str, torch.Tensor]] = field(default_factory=list)
-    """For every lane undone so far: where, and whether the rebuilt stream's checksum is the forward's."""
+    comparisons: list[tuple[str, torch.Tensor, torch.Tensor]] = field(default_factory=list)
+    """For every lane undone so far: where, the rebuilt stream's checksum, and the forward's."""
     first_recorded: int | None = None
     """Position of the lowest layer that backward will reach."""
     _check_queued: bool = False
@@ -149,8 +149,9 @@ class Tape:
         if self.arithmetic.fraction_bits is None or not self.comparisons or self.observer is not None:
             return  # float streams only come close; an observer compares by itself, and reports
         comparisons, self.comparisons = self.comparisons, []
-        same = torch.stack([equal for _, equal in comparisons]).tolist()
-        for (where, _), equal in zip(comparisons, same, strict=True):
+        places, rebuilt, expected = zip(*comparisons, strict=True)
+        same = (torch.stack(rebuilt) == torch.stack(expected)).tolist()
+        for where, equal in zip(places, same, strict=True):
             if not equal:
                 raise NotRepeatableError(
                     f"{where} did not compute the same bits in backward as in forward, so the rebuilt inputs below "

@@ -8,6 +8,7 @@ interpreter truncates its own bf16 casts, and integers round alike everywhere.
 from __future__ import annotations
 
 import contextlib
+from typing import NamedTuple
 
 import torch
 import triton
@@ -144,6 +145,23 @@ def widen(values):
 def as_bits(tensor: torch.Tensor | None) -> torch.Tensor | None:
     """bfloat16 tensors as int16, everything else as it is."""
     return tensor.view(torch.int16) if tensor is not None and tensor.dtype == torch.bfloat16 else tensor
+
+
+class Rows(NamedTuple):
+    """A tensor as kernels take it: rows of its last dimension, ``stride`` elements apart; (None, 0) for none."""
+
+    tensor: torch.Tensor | None
+    stride: int
+
+
+def rows_of(tensor: torch.Tensor | None) -> Rows:
+    """bfloat16 as bits. What is dense stays as it is: kernels see an address, and every view costs microseconds."""
+    if tensor is None:
+        return Rows(None, 0)
+    if tensor.is_contiguous():
+        return Rows(as_bits(tensor), tensor.shape[-1])
+    rows = as_rows(tensor)
+    return Rows(as_bits(rows), rows.stride(0))
 
 
 def as_rows(tensor: torch.Tensor) -> torch.Tensor:

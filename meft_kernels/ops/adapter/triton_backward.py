@@ -12,7 +12,7 @@ To these come z and the bottleneck's gradient, 4 s r / H in all, and 16 r / rows
 bf16, coefficient 1, bare adapter: 16 bytes for the first kernel (y 4, a 4, x 2, dy 2, dx 2 + 2), which is the floor,
 and 4 for the second reading of x and dy: weight gradients need a bottleneck that is known only after a whole row.
 ``skip`` and ``residual`` read dy and x once more, from L2 mostly. Counted by ``benchmarks.byte_account`` (256 x 512,
-r = 8): 20.9 bytes, 29 % over the floor, at 4.6 flops a byte.
+r = 8): 21.5 bytes, 33 % over the floor, at 8.9 flops a byte.
 
 No float is added atomically. The rows are split by the shape alone and the splits added in their order, so gradients
 are the same bits in every run.
@@ -25,9 +25,21 @@ import torch
 import triton
 import triton.language as tl
 
-from ..kernel_parts import LANES, as_bits, as_rows, dot, load_float, operand_pointer, round_like, round_operand
+from ..kernel_parts import (
+    LANES,
+    Rows,
+    as_bits,
+    dot,
+    load_float,
+    operand_pointer,
+    round_like,
+    round_operand,
+    rows_of,
+    widen,
+)
 from .triton_forward import (
     StreamTensors,
+    blocks,
     branch_constants,
     cast_weights,
     dropout_scalars,
@@ -68,7 +80,7 @@ WEIGHT_TILES_FP32 = {
     32: Tile(16, 0, 32, 4, 2),
     64: Tile(16, 0, 32, 4, 2),
     128: Tile(16, 0, 32, 8, 2),
-    256: Tile(16, 0, 16, 8, 2),
+    256: Tile(16, 0, 32, 8, 2),
 }
 PROGRAMS = 256
 """Programs that the weight gradients are split into, about: two a multiprocessor of the largest GPUs."""
@@ -153,19 +165,18 @@ def _products(
 ):  # fmt: skip
     """``left.T @ right`` and the column sums of ``left`` over rows [begin, end), in fp32."""
     products = tl.zeros((LEFT, RIGHT), tl.float32)
-    sums = tl.zeros((LEFT, 16), tl.float32)
-    # Ones as a right-hand side: the tensor cores add the columns up, and no reduction crosses threads in the loop.
-    ones = round_operand(tl.full((BLOCK_M, 16), 1.0, tl.float32), left)
+    # Element by element, so that no reduction crosses threads in the loop. Not by a product with ones: Triton 3.6 for
+    # Hopper has wgmma read such a constant past the end of shared memory (compute-sanitizer on an H200).
+    sums = tl.zeros((BLOCK_M, LEFT), tl.float32)
     lefts = operand_pointer(left) + tl.arange(0, LEFT)[None, :]
     rights = operand_pointer(right) + tl.arange(0, RIGHT)[None, :]
     for start in range(begin, end, BLOCK_M):
         row = (start + tl.arange(0, BLOCK_M))[:, None]
         lines = tl.load(lefts + row * left_stride, mask=(row < end) & left_inside[None, :], other=0)
         others = tl.load(rights + row * right_stride, mask=(row < end) & right_inside[None, :], other=0)
-        turned = tl.trans(lines)
-        products = dot(turned, others, products)
-        sums = dot(turned, ones, sums)
-    return products, tl.sum(tl.where(tl.arange(0, 16)[None, :] == 0, sums, 0.0), axis=1)
+        products = dot(tl.trans(lines), others, products)
+        sums += widen(lines)
+    return products, tl.sum(sums, axis=0)
 
 
 @triton.jit(do_not_specialize=["rows", "split_rows"])
@@ -212,33 +223,31 @@ def sum_splits_kernel(partial, out, total, splits, BLOCK: tl.constexpr):
 
 def row_splits(rows: int, columns: int, tile: Tile) -> tuple[int, int]:
     """Number of splits and rows of each, from the shape alone: another GPU must not change a gradient's bits."""
-    wanted = max(1, min(PROGRAMS // (2 * triton.cdiv(columns, tile.block_h)), triton.cdiv(rows, MIN_ROWS)))
-    split_rows = triton.cdiv(triton.cdiv(rows, wanted), tile.block_m) * tile.block_m
-    return triton.cdiv(rows, split_rows), split_rows
+    wanted = max(1, min(PROGRAMS // (2 * blocks(columns, tile.block_h)), blocks(rows, MIN_ROWS)))
+    split_rows = blocks(blocks(rows, wanted), tile.block_m) * tile.block_m
+    return blocks(rows, split_rows), split_rows
 
 
 def _weight_gradients(
-    dy: torch.Tensor, x: torch.Tensor, z: torch.Tensor, d_pre: torch.Tensor, weights: AdapterWeights
+    dy: Rows, x: Rows, z: torch.Tensor, d_pre: torch.Tensor, rows: int, weights: AdapterWeights, *, narrow: bool
 ) -> AdapterWeights:
-    """Gradients in the weights' dtype; views of one buffer."""
+    """Gradients in the weights' dtype; views of one buffer. To be called under the device of the tensors."""
     rank, columns = weights.down.shape
-    sizes = [weight.numel() for weight in weights]
-    total = sum(sizes)
-    flat = torch.empty(total, dtype=weights.down.dtype, device=x.device)
-    narrow = x.dtype != torch.float32
+    size = rank * columns
+    total = 2 * size + rank + columns
+    flat = torch.empty(total, dtype=weights.down.dtype, device=z.device)
     tile = (WEIGHT_TILES if narrow else WEIGHT_TILES_FP32)[padded_rank(rank)]
-    splits, split_rows = row_splits(x.shape[0], columns, tile)
-    partial = torch.empty(splits, total, dtype=torch.float32, device=x.device)
-    with on_device(x):
-        adapter_weights_kernel[(triton.cdiv(columns, tile.block_h), splits, 2)](
-            as_bits(dy), as_bits(x), as_bits(z), as_bits(d_pre), partial,
-            x.shape[0], split_rows, columns, rank * columns, dy.stride(0), x.stride(0),
-            RANK=rank, RANKS=padded_rank(rank), BLOCK_M=tile.block_m, BLOCK_H=tile.block_h, **tile.options(),
-        )  # fmt: skip
-        sum_splits_kernel[(triton.cdiv(total, SUM_BLOCK),)](
-            partial, as_bits(flat), total, splits, BLOCK=SUM_BLOCK, num_warps=4, enable_fp_fusion=False
-        )
-    return AdapterWeights(*(part.view(weight.shape) for part, weight in zip(flat.split(sizes), weights, strict=True)))
+    splits, split_rows = row_splits(rows, columns, tile)
+    partial = torch.empty(splits, total, dtype=torch.float32, device=z.device)
+    adapter_weights_kernel[(blocks(columns, tile.block_h), splits, 2)](
+        dy.tensor, x.tensor, z, d_pre, partial, rows, split_rows, columns, size, dy.stride, x.stride,
+        RANK=rank, RANKS=padded_rank(rank), BLOCK_M=tile.block_m, BLOCK_H=tile.block_h, **tile.options(),
+    )  # fmt: skip
+    sum_splits_kernel[(blocks(total, SUM_BLOCK),)](
+        partial, as_bits(flat), total, splits, BLOCK=SUM_BLOCK, num_warps=4, enable_fp_fusion=False
+    )
+    down, down_bias, up, up_bias = flat.split((size, rank, size, columns))
+    return AdapterWeights(down.view(rank, columns), down_bias, up.view(columns, rank), up_bias)
 
 
 @torch.no_grad()
@@ -260,22 +269,25 @@ def adapter_backward(
     if not x.numel():
         return dx, AdapterWeights(*(torch.zeros_like(weight) for weight in weights))
     rank, columns = weights.down.shape
-    dy_rows, x_rows, dx_rows = as_rows(dy.to(x.dtype)), as_rows(x), writable_rows(dx)
-    rows = x_rows.shape[0]
-    z, d_pre = torch.empty(2, rows, rank, dtype=x.dtype, device=x.device)
-    into = None if dx_into is None else dx_rows
+    rows = x.numel() // columns
+    dy_rows, x_rows, target = rows_of(dy.to(x.dtype)), rows_of(x), writable_rows(dx)
+    dx_rows = rows_of(target)
+    # As bits from the start, if they are bfloat16: only kernels see them.
+    dtype = torch.int16 if x.dtype == torch.bfloat16 else x.dtype
+    z, d_pre = (torch.empty(rows, rank, dtype=dtype, device=x.device) for _ in range(2))
+    into = None if dx_into is None else dx_rows.tensor
     constants, block = branch_constants(x, rank, activation, dropout)
     lane = stream.lane if stream is not None else Coupling(1.0, None, None, None, None, False)
     lane_values, scalars = lane_constants(lane, inverse=True)
-    tensors, strides = stream.rows() if stream is not None else ([None] * 4, [0] * 4)
+    tensors, strides = stream.rows() if stream is not None else ((None,) * 4, (0,) * 4)
     with on_device(x):
-        adapter_backward_kernel[(triton.cdiv(rows, block),)](
-            as_bits(dy_rows), as_bits(x_rows), *map(as_bits, cast_weights(weights, x.dtype)),
-            as_bits(into), as_bits(dx_rows), as_bits(z), as_bits(d_pre),
+        adapter_backward_kernel[(blocks(rows, block),)](
+            dy_rows.tensor, x_rows.tensor, *cast_weights(weights, x.dtype), into, dx_rows.tensor, z, d_pre,
             *tensors, remainder, None if stream is None else stream.totals,
-            rows, columns, dy_rows.stride(0), x_rows.stride(0), dx_rows.stride(0), dx_rows.stride(0),
+            rows, columns, dy_rows.stride, x_rows.stride, dx_rows.stride, dx_rows.stride,
             *strides, *dropout_scalars(dropout, seed), *scalars, skip,
             LANE=stream is not None, SKIP=skip != 0, RESIDUAL=residual, **lane_values, **constants,
         )  # fmt: skip
-    written(dx, dx_rows)
-    return dx, _weight_gradients(dy_rows, x_rows, z, d_pre, weights)
+        gradients = _weight_gradients(dy_rows, x_rows, z, d_pre, rows, weights, narrow=x.dtype != torch.float32)
+    written(dx, target)
+    return dx, gradients

@@ -26,7 +26,7 @@ import triton.language as tl
 from ..coupling import reference as coupling
 from ..coupling.packing import packed_shape, remainder_bits
 from ..coupling.types import Coupled
-from ..kernel_parts import LANES, as_bits, as_rows, load_float, round_like
+from ..kernel_parts import LANES, as_bits, as_rows, load_float, round_like, rows_of
 from .dropout import drop_threshold, signed_seed
 from .triton_parts import (
     COUNTS,
@@ -109,7 +109,9 @@ def on_device(tensor: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
 
 
 def writable_rows(tensor: torch.Tensor) -> torch.Tensor:
-    """Rows to write to: a view where there is one; see ``written``."""
+    """Rows to write to: the tensor itself if it is dense, or a view where there is one; see ``written``."""
+    if tensor.is_contiguous():
+        return tensor
     rows = as_rows(tensor)
     if rows.shape[0] > 1 and rows.stride(0) < rows.shape[1]:
         return tensor.contiguous().view(rows.shape)  # expanded: torch's copy_ will refuse to write it
@@ -126,7 +128,7 @@ def written(tensor: torch.Tensor, rows: torch.Tensor) -> None:
 
 def cast_weights(weights: AdapterWeights, dtype: torch.dtype) -> AdapterWeights:
     """As the kernels read them: dense, in the dtype of the hidden states. Costs rank / rows of the product."""
-    return AdapterWeights(*(weight.to(dtype).contiguous() for weight in weights))
+    return AdapterWeights(*(as_bits(weight.to(dtype).contiguous()) for weight in weights))  # type: ignore[arg-type]
 
 
 def branch_constants(x: torch.Tensor, rank: int, activation: int, dropout: float) -> tuple[dict[str, Any], int]:
@@ -143,6 +145,11 @@ def branch_constants(x: torch.Tensor, rank: int, activation: int, dropout: float
         "EVEN": x.shape[-1] % EVEN_COLUMNS == 0,
     }
     return constants | tile.options(), tile.block_m
+
+
+def blocks(size: int, block: int) -> int:
+    """How many blocks hold ``size`` (``triton.cdiv`` takes ten times as long)."""
+    return -(-size // block)
 
 
 def dropout_scalars(dropout: float, seed: int) -> tuple[int, int, float]:
@@ -165,14 +172,12 @@ def adapter(
     """``reference.adapter``, not differentiable."""
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if x.numel():
-        sources = [as_rows(x), None if residual is None else as_rows(residual), as_rows(out)]
-        strides = [0 if tensor is None else tensor.stride(0) for tensor in sources]
-        x_rows, residual_rows, out_rows = map(as_bits, sources)
+        (x_rows, residual_rows, out_rows), strides = zip(*map(rows_of, (x, residual, out)), strict=True)
         rows, columns = out.numel() // x.shape[-1], x.shape[-1]
         constants, block = branch_constants(x, weights.down.shape[0], activation, dropout)
         with on_device(x):
-            adapter_kernel[(triton.cdiv(rows, block),)](
-                x_rows, *map(as_bits, cast_weights(weights, x.dtype)), residual_rows, out_rows,
+            adapter_kernel[(blocks(rows, block),)](
+                x_rows, *cast_weights(weights, x.dtype), residual_rows, out_rows,
                 rows, columns, *strides, *dropout_scalars(dropout, seed), **constants,
             )  # fmt: skip
     return out
@@ -187,17 +192,14 @@ class StreamTensors:
         self.value = torch.empty(stream.shape, dtype=lane.value_dtype, device=stream.device) if native else None
         self.out = stream if lane.inplace else torch.empty(stream.shape, dtype=stream.dtype, device=stream.device)
         self.totals = torch.zeros(2, dtype=torch.int64, device=stream.device)  # checksum and status
-        self.target = self.source = stream
-        if stream.numel():
-            self.source = writable_rows(stream) if lane.inplace else as_rows(stream)
-            self.target = self.source if lane.inplace else as_rows(self.out)
+        self.source, self.target = stream, self.out
+        if stream.numel() and lane.inplace:
+            self.source = self.target = writable_rows(stream)
 
-    def rows(self) -> tuple[list[torch.Tensor | None], list[int]]:
+    def rows(self) -> tuple[tuple[torch.Tensor | None, ...], tuple[int, ...]]:
         """Stream, center, out and value as rows, and their strides."""
-        others = (None if tensor is None else as_rows(tensor) for tensor in (self.lane.center, self.value))
-        center, value = others
-        tensors = [self.source, center, self.target, value]
-        return [as_bits(tensor) for tensor in tensors], [0 if each is None else each.stride(0) for each in tensors]
+        tensors, strides = zip(*map(rows_of, (self.source, self.lane.center, self.target, self.value)), strict=True)
+        return tensors, strides
 
     def finish(self) -> None:
         """After the launch: what the kernel could not write itself."""
@@ -235,17 +237,16 @@ def couple(
     """One coupling step or its inverse, ``remainder`` being written or read."""
     tensors = StreamTensors(stream, lane)
     if stream.numel():
-        (source, center, target, value), strides = tensors.rows()
-        x_rows = as_rows(x)
-        strides.insert(1, x_rows.stride(0))
+        (source, center, target, value), (stream_stride, *strides) = tensors.rows()
+        x_rows, x_stride = rows_of(x)
         columns = x.shape[-1]
         constants, block = branch_constants(x, weights.down.shape[0], activation, dropout)
         lane_values, scalars = lane_constants(lane, inverse=inverse)
         rows = stream.numel() // columns
         with on_device(x):
-            adapter_couple_kernel[(triton.cdiv(rows, block),)](
-                source, as_bits(x_rows), *map(as_bits, cast_weights(weights, x.dtype)), center, target, value,
-                remainder, tensors.totals, rows, columns, *strides, *dropout_scalars(dropout, seed), *scalars,
+            adapter_couple_kernel[(blocks(rows, block),)](
+                source, x_rows, *cast_weights(weights, x.dtype), center, target, value, remainder, tensors.totals,
+                rows, columns, stream_stride, x_stride, *strides, *dropout_scalars(dropout, seed), *scalars,
                 **lane_values, RESIDUAL=residual, **constants,
             )  # fmt: skip
     tensors.finish()

@@ -55,20 +55,24 @@ def _triton_installed() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
+@functools.cache
+def _has_bfloat16(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device) >= (8, 0)
+
+
 def why_not_triton(*tensors: torch.Tensor | None) -> str | None:
     """The reason why the Triton kernels cannot take these tensors, or None."""
     if not _triton_installed():
         return "triton is not installed"
     from . import triton as kernels
 
-    given = [tensor for tensor in tensors if tensor is not None]
-    if any(tensor.dtype == torch.float64 for tensor in given):
+    dtypes = {tensor.dtype for tensor in tensors if tensor is not None}
+    if torch.float64 in dtypes:
         return "float64 tensors are not supported"
-    device = given[0].device
+    device = next(tensor.device for tensor in tensors if tensor is not None)
     if device.type != "cuda" and not kernels.INTERPRETED:
         return f"the tensors are on {device}"
-    narrow = any(tensor.dtype == torch.bfloat16 for tensor in given)
-    if narrow and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
+    if torch.bfloat16 in dtypes and device.type == "cuda" and not _has_bfloat16(device):
         return "bfloat16 needs compute capability 8.0"
     return None
 

@@ -184,25 +184,28 @@ def _launch(
     fraction_bits: int | None,
     value_dtype: torch.dtype | None,
     inplace: bool,
-) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor]:
-    """The new stream, its copy as ``value_dtype``, checksum and status."""
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+    """The new stream, its copy as ``value_dtype``, and the totals: checksum and status."""
     native = value_dtype in (torch.float32, torch.float16, torch.bfloat16)
     value = torch.empty(stream.shape, dtype=value_dtype, device=stream.device) if native else None
     out = stream if inplace else torch.empty(stream.shape, dtype=stream.dtype, device=stream.device)
     totals = torch.zeros(2, dtype=torch.int64, device=stream.device)  # checksum and status, cleared by one memset
     if stream.numel():
-        source = as_rows(stream)
-        if inplace and source.shape[0] > 1 and source.stride(0) < source.shape[1]:
-            source = stream.contiguous().view(source.shape)  # expanded: torch's copy_ below refuses to write it
-        target = source if inplace else as_rows(out)
-        tensors = [None if tensor is None else as_rows(tensor) for tensor in (source, branch, center, target, value)]
-
-        rows, columns = source.shape
+        target, columns = out, stream.shape[-1]
+        rows = stream.numel() // columns
+        tensors: list[torch.Tensor | None] = [stream, branch, center, out, value]
+        strides = [0] * len(tensors)
         dense = all(tensor is None or tensor.is_contiguous() for tensor in tensors)
         if flat := dense and (columns % GROUP == 0 or packed is None):
             rows, columns = 1, rows * columns
+        else:
+            source = as_rows(stream)
+            if inplace and rows > 1 and source.stride(0) < columns:
+                source = stream.contiguous().view(source.shape)  # expanded: torch's copy_ below refuses to write it
+            target = source if inplace else as_rows(out)
+            tensors = [None if each is None else as_rows(each) for each in (source, branch, center, target, value)]
+            strides = [0 if each is None else each.stride(0) for each in tensors]
         groups = rows * (row_groups := -(-columns // GROUP))
-        strides = [0 if flat or tensor is None else tensor.stride(0) for tensor in tensors]
 
         scalars: tuple[float, ...] = (coefficient,)
         constants: dict[str, int] = {"INVERSE": inverse}
@@ -224,7 +227,7 @@ def _launch(
     if value is None and value_dtype is not None:  # float64, say
         k = fraction_bits
         value = out.contiguous().to(value_dtype) if k is None else reference.dequantise(out, k, value_dtype)
-    return out, value, totals[0], totals.view(torch.int32)[2]  # little-endian, as packing insists
+    return out, value, totals
 
 
 @torch.no_grad()
@@ -243,8 +246,8 @@ def couple(
     if exact is not None and exact[0] > 1:
         packed = torch.empty(packed_shape(a.shape, exact[0]), dtype=torch.uint8, device=a.device)
     lane = (a, branch, coefficient, exact, center, fraction_bits, value_dtype, inplace)
-    y, value, checksum, status = _launch(False, packed, *lane)
-    return Coupled(y, value, packed, checksum, status)
+    y, value, totals = _launch(False, packed, *lane)
+    return Coupled(y, value, packed, totals[0], totals.view(torch.int32)[2])  # little-endian, as packing insists
 
 
 @torch.no_grad()
@@ -262,5 +265,5 @@ def uncouple(
     """``reference.uncouple_exact`` where ``exact`` is ``(q, sign)``, ``reference.uncouple_float`` where it is None."""
     packed = None if remainder is None else remainder.contiguous()
     lane = (y, branch, coefficient, exact, center, fraction_bits, value_dtype, inplace)
-    a, value, checksum, _ = _launch(True, packed, *lane)
-    return Uncoupled(a, value, checksum)
+    a, value, totals = _launch(True, packed, *lane)
+    return Uncoupled(a, value, totals[0])
