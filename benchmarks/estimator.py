@@ -1,25 +1,33 @@
 """The memory estimator against measurement: training steps of whole models with real tensors, on the CPU.
 
     python -m benchmarks.estimator
+    python -m benchmarks.estimator --gpu    # against the bytes that benchmarks.gpu has recorded on GPUs; needs none
 
 Each point is one step of AdamW after another, so that the second has the state of the first, under LiveTensorMeter. The
 estimate is what ``meft-kernels estimate`` computes, from fewer layers and without data, with the allocations of a CPU.
 Weights are random where a real model's shapes are known: memory does not depend on them.
+
+On a GPU the measured bytes are those of torch's allocator, which rounds up and counts what kernels take for themselves.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import LlamaConfig, OPTConfig
 
+from benchmarks.gpu.models import config_of as gpu_config
+from benchmarks.gpu.models import trained
 from meft_kernels import MeftConfig
-from meft_kernels.comparison.records import Record
-from meft_kernels.comparison.rivals import RIVALS, Budget
-from meft_kernels.estimate.estimator import Estimator
+from meft_kernels.comparison.records import Record, read_all
+from meft_kernels.comparison.rivals import RIVALS, Budget, Rival
+from meft_kernels.estimate.estimator import Estimator, why_not_estimated
 from meft_kernels.estimate.shapes import find_config
 from meft_kernels.estimate.step import StepBytes, tensor_bytes, text_batch
 from meft_kernels.estimate.twin import build
@@ -27,6 +35,7 @@ from meft_kernels.memory import LiveTensorMeter
 
 CPU = torch.device("cpu")
 RESULTS = Path(__file__).parent / "results" / "estimator"
+GPU_RESULTS = Path(__file__).parent / "results" / "gpu"
 
 # model, dtype, rows, tokens, rival
 POINTS = (
@@ -98,6 +107,35 @@ def compare(name: str, dtype: str, rows: int, tokens: int, rival: str, meft: Mef
     }  # fmt: skip
 
 
+def compare_with_gpu(record: Record) -> Iterator[dict[str, Any]]:
+    """Every rival that ``benchmarks.gpu`` has measured on one model and batch, and its estimate."""
+    settings = record.settings
+    meft = MeftConfig(rank=settings["rank"], adapter_dtype="model")
+    dtype, rows, tokens = getattr(torch, settings["dtype"]), settings["rows"], settings["tokens"]
+    estimator = Estimator(gpu_config(settings["model"], tiny=settings["tiny"]), dtype, rows, meft)
+    for rival, found in record.figures["items"].items():
+        if "peak_bytes" not in found or why_not_estimated(RIVALS[rival]):
+            continue
+        step = estimator.step(_in_one_dtype(RIVALS[rival], dtype), tokens)
+        yield {
+            "model": settings["model"], "dtype": settings["dtype"], "rows": rows, "tokens": tokens, "rival": rival,
+            "kept": {"measured": found["kept_bytes"], "estimated": step.kept},
+            "total": {"measured": found["weights_bytes"] + found["peak_bytes"], "estimated": step.total},
+        }  # fmt: skip
+
+
+def _in_one_dtype(rival: Rival, dtype: torch.dtype) -> Rival:
+    """As ``benchmarks.gpu`` runs it: what it trains is in the base's dtype, where PEFT would take float32."""
+
+    def prepare(base: nn.Module, budget: Budget) -> nn.Module:
+        model = rival.prepare(base, budget)
+        for parameter in trained(model):
+            parameter.data = parameter.detach().to(dtype)
+        return model
+
+    return dataclasses.replace(rival, prepare=prepare)
+
+
 def error(point: dict[str, Any], what: str) -> float:
     """Percent by which the estimate is too large."""
     return float(100 * (point[what]["estimated"] / point[what]["measured"] - 1))
@@ -107,23 +145,35 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=sorted({point[0] for point in POINTS}))
     parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--gpu", action="store_true", help="against what benchmarks.gpu has recorded, per device")
     options = parser.parse_args()
-    points = []
-    print(f"{'model':<10}{'dtype':<10}{'batch':>9}  {'rival':<20}{'total, MiB':>11}{'estimate':>10}{'error':>9}")
-    for name, dtype, rows, tokens, rival in POINTS:
-        if name not in options.models:
-            continue
-        points.append(point := compare(name, dtype, rows, tokens, rival, MeftConfig()))
+    if options.gpu:
+        for folder in sorted(path for path in GPU_RESULTS.glob("*") if path.is_dir()):
+            records = [record for record in read_all(folder) if record.kind == "gpu-step"]
+            points = (point for record in records for point in compare_with_gpu(record))
+            settings = {"measured by": "benchmarks.gpu", "device": records[0].environment["device"]}
+            report(points, settings, options.out / f"{folder.name}.json")
+        return
+    points = (compare(*point, MeftConfig()) for point in POINTS if point[0] in options.models)
+    report(points, {"models": options.models, "kernels": "as on a CPU"}, options.out / "cpu.json")
+
+
+def report(points: Iterable[dict[str, Any]], settings: dict[str, Any], path: Path) -> None:
+    """Print every point as it comes, and write them down."""
+    done = []
+    print(f"{'model':<14}{'dtype':<10}{'batch':>9}  {'rival':<20}{'total, MiB':>11}{'estimate':>10}{'error':>9}")
+    for point in points:
+        done.append(point)
         total = {key: value / 2**20 for key, value in point["total"].items()}
+        batch = f"{point['rows']}x{point['tokens']}"
         print(
-            f"{name:<10}{dtype:<10}{f'{rows}x{tokens}':>9}  {rival:<20}{total['measured']:>11.1f}"
+            f"{point['model']:<14}{point['dtype']:<10}{batch:>9}  {point['rival']:<20}{total['measured']:>11.1f}"
             f"{total['estimated']:>10.1f}{error(point, 'total'):>+8.2f}%  kept {error(point, 'kept'):+.2f}%",
             flush=True,
         )
-    worst = max(abs(error(point, what)) for point in points for what in ("kept", "total"))
-    print(f"worst error {worst:.2f} % over {len(points)} points")
-    settings = {"models": options.models, "kernels": "as on a CPU"}
-    Record.now("estimator", settings, {"points": points, "worst_percent": worst}, CPU).write(options.out / "cpu.json")
+    worst = max(abs(error(point, what)) for point in done for what in ("kept", "total"))
+    print(f"worst error {worst:.2f} % over {len(done)} points")
+    Record.now("estimator", settings, {"points": done, "worst_percent": worst}, CPU).write(path)
 
 
 if __name__ == "__main__":

@@ -107,6 +107,18 @@ def test_as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.slow
+def test_dropout_as_on_a_gpu() -> None:
+    """Attention drops out inside its kernel, so that nothing grows with the square of the tokens; masks are bytes."""
+    kept = {
+        (gpu, tokens): Estimator(bert(2), torch.bfloat16, 2, RANK, gpu=gpu).step(RIVALS["full"], tokens).kept
+        for gpu in (True, False)
+        for tokens in (32, 64, 128)
+    }
+    assert kept[True, 128] - kept[True, 64] == pytest.approx(2 * (kept[True, 64] - kept[True, 32]), rel=0.01)
+    assert kept[False, 128] - kept[False, 64] > 2.2 * (kept[False, 64] - kept[False, 32])
+    assert kept[True, 32] < kept[False, 32]
+
+
 def test_kernels_allocate_what_is_estimated(tmp_path: Path) -> None:
     run_checks(ROOT / "tests" / "isolated" / "check_estimate.py", tmp_path / "report.xml", interpret=True, least=3)
 

@@ -1,7 +1,7 @@
 """A model of any size that takes no memory, ready to train: real shapes, no data.
 
 Fake tensors say of themselves to be on the CPU, so that what each of torch's kernels allocates there is counted. Of our
-own kernels it can be what they allocate on a GPU.
+own kernels, of attention and of dropout it can be what they allocate on a GPU.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+import torch.nn.functional as F
 import transformers
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -67,15 +68,41 @@ def _use_triton(impl: str, *tensors: torch.Tensor | None, obstacle: str | None =
     return impl != "torch" and obstacle is None and coupling.why_not_triton(*tensors) is None
 
 
+def _attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    *args: Any,
+    **kwargs: Any,
+) -> torch.Tensor:
+    """Flash attention drops out in its kernel; on a CPU torch would write all scores down instead."""
+    return _plain_attention(query, key, value, attn_mask, 0.0, *args, **kwargs)
+
+
+def _dropout(input: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> torch.Tensor:
+    """CUDA keeps a mask of a byte an element, a CPU one in the hidden states' dtype."""
+    if inplace or not training or not p:
+        return _plain_dropout(input, p, training, inplace)
+    dropped: torch.Tensor = torch.native_dropout(input, p, training)[0]
+    return dropped
+
+
+_plain_attention, _plain_dropout = F.scaled_dot_product_attention, F.dropout
+
+
 @contextlib.contextmanager
 def _kernels_of_a_gpu() -> Iterator[None]:
-    """Our ops allocate as on a GPU: the kernels' host code runs, and launches nothing."""
+    """Torch's ops and ours allocate as on a GPU: our kernels' host code runs, and launches nothing."""
     from triton.runtime.jit import KernelInterface
 
     from ..ops.coupling import triton as kernels
 
     with contextlib.ExitStack() as stack:
         for place, name, value in (
+            (F, "scaled_dot_product_attention", _attention),
+            (F, "dropout", _dropout),
             (KernelInterface, "__getitem__", _no_launch),
             (kernels, "INTERPRETED", True),  # whose kernels take tensors that are not on a GPU
             (coupling, "use_triton", _use_triton),
