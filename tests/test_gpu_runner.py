@@ -215,7 +215,7 @@ def test_one_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pyt
     command = ("--only", NAME, "--rivals", "lora_offload")
     assert _main(tmp_path, *command) == 0
     [record] = read_all(tmp_path)
-    assert record.command == f"python -m benchmarks.gpu --worker {NAME} --device cpu --tiny --rivals lora_offload"
+    assert record.command == f"python -m benchmarks.gpu --only {NAME} --device cpu --tiny --rivals lora_offload"
     assert len(record.figures["items"]["meft"]["seconds"]) == 2
     assert record.figures["items"]["lora_offload"] == {"reason": "it runs on CUDA alone"}
     assert "it runs on CUDA alone" in capfd.readouterr().out

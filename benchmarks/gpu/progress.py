@@ -96,7 +96,9 @@ class Progress:
     def _write(self) -> None:
         if self._record is None:  # asked for once: a device that a rival has broken no longer tells its name
             assert self.device is not None, "only the process that measures writes"
-            self._record = Record.now(kind_of(self.piece), self.piece.settings, None, self.device)
+            record = Record.now(kind_of(self.piece), self.piece.settings, None, self.device)
+            # What a reader types to measure it again; only the runner starts workers.
+            self._record = dataclasses.replace(record, command=record.command.replace(" --worker ", " --only "))
         dataclasses.replace(self._record, figures=self._figures()).write(self.path)
 
 

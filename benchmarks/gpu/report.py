@@ -92,6 +92,7 @@ def _kernels(name: str, record: Record) -> Iterator[Table]:
         times = found["milliseconds"]["fused"]
         share = f"{100 * found['of_copy_bandwidth']:.0f}"
         table.add_row(item, f"{times['median']:.3f}", f"{found['gb_per_s']:.0f}", share, others)
+    table.caption = "As called from Python: below some 0.15 ms the host's time is measured, and not the GPU's."
     yield table
 
 
