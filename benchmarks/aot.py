@@ -30,8 +30,9 @@ KNOWN_SPILLS = (
     "r=256 fp32 gelu odd",
     *(f"r={rank} bf16 gelu float" for rank in (16, 64, 256)),
 )
-"""Float32 at ranks above 128 in widths that are no multiple of 64: right, but slow. No tile was found that holds it. And 8
-or 16 bytes of the float streams' kernels on sm_90, which exact streams do not have."""
+"""Float32 at ranks above 128 in widths that are no multiple of 64: right, but slow. No tile was found that holds it.
+And 8 or 16 bytes of the float streams' kernels on sm_90, which exact streams do not have.
+"""
 
 
 class Resources(NamedTuple):
