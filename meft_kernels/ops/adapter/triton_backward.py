@@ -80,7 +80,7 @@ WEIGHT_TILES_FP32 = {
     32: Tile(16, 0, 32, 4, 2),
     64: Tile(16, 0, 32, 4, 2),
     128: Tile(16, 0, 32, 8, 2),
-    256: Tile(16, 0, 32, 8, 2),
+    256: Tile(16, 0, 16, 8, 1),  # another stage spills on sm_100
 }
 PROGRAMS = 256
 """Programs that the weight gradients are split into, about: two a multiprocessor of the largest GPUs."""
