@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from .engine.stack import ReversibleStack
 from .ops.coupling.api import reciprocal
 from .ops.coupling.packing import remainder_bits
-from .stack import ReversibleStack
 from .state import count_parameters, require_state, unwrap
 
 

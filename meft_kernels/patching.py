@@ -13,11 +13,11 @@ from torch import nn
 from .adapters import Adapter, FfnTap
 from .checkpoint.binding import SavingBinding
 from .config import MeftConfig
+from .engine.layer import ADAPTERS, PatchedLayer
+from .engine.stack import ReversibleStack
+from .engine.stack_state import StackState
 from .errors import PatchError
 from .insertion import make_adapters
-from .layer import ADAPTERS, PatchedLayer
-from .stack import ReversibleStack
-from .stack_state import StackState
 from .state import STATE, PatchState, count_parameters, find_state, require_state, unwrap
 from .targets import LayerList, check_trainable, find_layers, find_spec, is_peft, modules_to_train
 from .trainer_bindings import CheckpointingBinding, QuantisedBinding

@@ -8,11 +8,11 @@ from typing import Any, Protocol
 from torch import nn
 
 from .adapters import Adapter
-from .arithmetic import Arithmetic
 from .config import MeftConfig
+from .engine.arithmetic import Arithmetic
+from .engine.layer import ADAPTERS
+from .engine.stack import ReversibleStack
 from .errors import PatchError
-from .layer import ADAPTERS
-from .stack import ReversibleStack
 
 STATE = "_meft_state"
 """Attribute of the transformers model under which :class:`PatchState` is kept."""

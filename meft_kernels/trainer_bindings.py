@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from .stack import ReversibleStack
+from .engine.stack import ReversibleStack
 
 logger = logging.getLogger(__name__)
 _SWITCH = "_set_gradient_checkpointing"

@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from .config import Engine
+from .engine.replay import seeded
 from .errors import ReversibleUsageError
-from .replay import seeded
 from .state import PatchState, fraction_bits_of, require_state, unwrap
 from .switching import disable_adapter
 

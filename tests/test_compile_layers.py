@@ -15,7 +15,7 @@ import torch
 from torch._dynamo.utils import counters
 
 import meft_kernels
-from meft_kernels import compiling
+from meft_kernels.engine import compiling
 from meft_kernels.notices import warn_once
 
 from .architectures.exactness import FP32_BOUND, both_engines

@@ -13,7 +13,7 @@ import meft_kernels
 from benchmarks.real import real_batch, real_model
 from benchmarks.start_loss import causal_loss, hidden_states
 from meft_kernels import MeftConfig, NonFiniteError, StreamOverflowError
-from meft_kernels.replay import seeded
+from meft_kernels.engine.replay import seeded
 from meft_kernels.state import require_state, unwrap
 
 from .shared import CPU, Job, Sizes, finite

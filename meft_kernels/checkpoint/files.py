@@ -12,8 +12,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from ..engine.stack_state import EXTRA_STATE
 from ..errors import AdapterFileError, PatchError
-from ..stack_state import EXTRA_STATE
 from ..state import PatchState, adapter_module_names
 
 WEIGHTS_NAME = "adapter_model.safetensors"

@@ -12,8 +12,8 @@ from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ..config import MeftConfig
+from ..engine.layer import ADAPTERS
 from ..errors import AdapterFileError, PatchError
-from ..layer import ADAPTERS
 from ..patching import Model, check_same_settings, patch, unpatch
 from ..state import DEFAULT_ADAPTER, PatchState, find_state, require_state, unwrap
 from ..switching import ADAPTER_SETTINGS, activated, add_slot, delete_adapter

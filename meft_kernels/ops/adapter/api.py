@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from ...replay import draw_seed
+from ...engine.replay import draw_seed
 from ..coupling.api import Impl, check_remainder
 from ..coupling.types import Coupled, Uncoupled
 from . import reference

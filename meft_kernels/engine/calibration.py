@@ -9,9 +9,9 @@ from typing import ClassVar
 
 import torch
 
+from ..errors import ReversibleUsageError
+from ..ops import INT_LIMIT, Coupled
 from .arithmetic import Arithmetic
-from .errors import ReversibleUsageError
-from .ops import INT_LIMIT, Coupled
 
 logger = logging.getLogger(__name__)
 

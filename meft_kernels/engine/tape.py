@@ -8,9 +8,9 @@ from typing import Protocol
 
 import torch
 
-from . import ops
+from .. import ops
+from ..errors import NonFiniteError, NotRepeatableError, StreamOverflowError
 from .arithmetic import Arithmetic
-from .errors import NonFiniteError, NotRepeatableError, StreamOverflowError
 from .replay import AutocastState
 
 

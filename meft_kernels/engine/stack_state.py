@@ -8,10 +8,10 @@ from typing import Protocol
 import torch
 from torch import nn
 
+from ..config import MeftConfig
+from ..errors import PatchError
+from ..ops.coupling.api import MAX_FRACTION_BITS
 from .arithmetic import Arithmetic
-from .config import MeftConfig
-from .errors import PatchError
-from .ops.coupling.api import MAX_FRACTION_BITS
 
 _NOT_CALIBRATED = -1
 EXTRA_STATE = "_extra_state"
@@ -19,7 +19,7 @@ EXTRA_STATE = "_extra_state"
 
 
 class _Stack(Protocol):
-    """What is needed of a :class:`~meft_kernels.stack.ReversibleStack`."""
+    """What is needed of a :class:`~meft_kernels.engine.stack.ReversibleStack`."""
 
     name: str
     config: MeftConfig

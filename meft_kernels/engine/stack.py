@@ -1,8 +1,8 @@
 """One list of layers made reversible: what each layer's ``forward`` becomes, and the forward passes through it.
 
 Nothing of a model's own forward is copied. Its loop calls the layers one by one as before; each layer's ``forward``,
-bound on the instance, is a :class:`PatchedLayer`. The first one starts a :class:`~meft_kernels.tape.Tape`, the last
-one reads it out.
+bound on the instance, is a :class:`PatchedLayer`. The first one starts a :class:`~meft_kernels.engine.tape.Tape`, the
+last one reads it out.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from .architectures import find_architecture
+from ..architectures import find_architecture
+from ..config import MeftConfig
+from ..errors import ReversibleUsageError, StreamOverflowError, UnsupportedModelError
+from ..notices import warn_once
+from ..targets import LayerList, refuse_partitioned
 from .arithmetic import Arithmetic
 from .calibration import MAX_CALIBRATED_BITS, Probe
-from .config import MeftConfig
-from .errors import ReversibleUsageError, StreamOverflowError, UnsupportedModelError
 from .layer import PatchedLayer, cached_tensors, caches_in, differentiable, without_cache
-from .notices import warn_once
 from .replay import draw_seed, seeded
 from .reversible import Enter, Exit, Reversible
 from .step import Step
 from .tape import Counts, Observer, Tape
-from .targets import LayerList, refuse_partitioned
 from .variants import make_plan
 
 logger = logging.getLogger(__name__)

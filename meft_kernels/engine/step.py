@@ -9,11 +9,11 @@ import torch
 from torch import nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from .adapters import FusedBranch
-from .errors import ReversibleUsageError
+from ..adapters import FusedBranch
+from ..errors import ReversibleUsageError
+from ..modules import parameters_of
+from ..ops import Coupled
 from .extras import Extras
-from .modules import parameters_of
-from .ops import Coupled
 from .replay import draw_seed, no_leaf, seeded
 from .tape import Tape
 from .variants import Branch, Lane, Plan

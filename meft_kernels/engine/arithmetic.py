@@ -11,10 +11,10 @@ from typing import ClassVar
 
 import torch
 
-from . import ops
-from .adapters import FusedBranch
-from .ops import Coupled, Uncoupled, UncoupledBackward
-from .ops.coupling.api import Impl
+from .. import ops
+from ..adapters import FusedBranch
+from ..ops import Coupled, Uncoupled, UncoupledBackward
+from ..ops.coupling.api import Impl
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """The autograd Functions: one per layer, plus one at the entry and one at the exit of a stack.
 
-Streams never pass through autograd: integers carry no gradient. They live on a :class:`~meft_kernels.tape.Tape`, are
-updated in place, and the Functions' float outputs are *carriers* of gradient. The main stream's carrier is its copy in
-the model's dtype, which is the ``hidden_states`` that the next layer wants anyway; the other stream's is one zero
+Streams never pass through autograd: integers carry no gradient. They live on a :class:`~meft_kernels.engine.tape.Tape`,
+are updated in place, and the Functions' float outputs are *carriers* of gradient. The main stream's carrier is its copy
+in the model's dtype, which is the ``hidden_states`` that the next layer wants anyway; the other stream's is one zero
 expanded to full shape.
 """
 

@@ -21,7 +21,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from .config import MeftConfig
+from ..config import MeftConfig
 
 Branch = Literal["layer", "attention", "mlp", "adapter", "residual_adapter"]
 

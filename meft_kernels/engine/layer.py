@@ -13,12 +13,12 @@ from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 from transformers.cache_utils import Cache
 
-from .adapters import Adapter, FfnTap, FusedBranch
-from .architectures import LayerSpec
+from ..adapters import Adapter, FfnTap, FusedBranch
+from ..architectures import LayerSpec
+from ..errors import ReversibleUsageError
+from ..modules import parameters_of
+from ..notices import warn_once
 from .compiling import compiled_for, why_not_compiled
-from .errors import ReversibleUsageError
-from .modules import parameters_of
-from .notices import warn_once
 from .replay import no_leaf
 from .variants import Branch, Plan
 
@@ -143,7 +143,7 @@ class PatchedLayer:
     def run(
         self, branch: Branch, hidden_states: torch.Tensor, kwargs: dict[str, Any]
     ) -> tuple[torch.Tensor, tuple[Any, ...] | None]:
-        """Compute one branch; see :data:`meft_kernels.variants.Branch`.
+        """Compute one branch; see :data:`meft_kernels.engine.variants.Branch`.
 
         Returns:
             Its hidden states, and what else the layer returns if this branch is what makes it (attention weights, T5's

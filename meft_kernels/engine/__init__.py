@@ -1,0 +1,1 @@
+"""The reversible engine: streams, lanes, layers, and the autograd Functions that tie them together."""
