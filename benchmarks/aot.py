@@ -28,7 +28,9 @@ _FULL = ("stream", "branch", "center", "out", "value", "packed", "totals")
 KNOWN_SPILLS = (
     "r=256 fp32 gelu q=10 odd",
     "r=256 fp32 gelu odd",
-    *(f"r={rank} bf16 gelu float" for rank in (16, 64, 256)),
+    "adapter_couple r=16 bf16 gelu float",
+    "adapter_couple r=64 bf16 gelu float",
+    "adapter_uncouple_backward r=256 bf16 gelu float",
 )
 """Float32 at ranks above 128 in widths that are no multiple of 64: right, but slow. No tile was found that holds it.
 And 8 or 16 bytes of the float streams' kernels on sm_90, which exact streams do not have.

@@ -25,7 +25,7 @@ from transformers import LlamaConfig, OPTConfig
 from benchmarks.gpu.models import config_of as gpu_config
 from benchmarks.gpu.models import trained
 from meft_kernels import MeftConfig
-from meft_kernels.comparison.records import Record, read_all
+from meft_kernels.comparison.records import Record
 from meft_kernels.comparison.rivals import RIVALS, Budget, Rival
 from meft_kernels.estimate.estimator import Estimator, why_not_estimated
 from meft_kernels.estimate.shapes import find_config
@@ -100,8 +100,14 @@ def compare(name: str, dtype: str, rows: int, tokens: int, rival: str, meft: Mef
     estimator = Estimator(config, getattr(torch, dtype), rows, meft, gpu=False)
     step: StepBytes = estimator.step(RIVALS[rival], tokens)
     real = measured(config, getattr(torch, dtype), rows, tokens, rival, estimator.meft)
+    return _point(name, dtype, rows, tokens, rival, real, step)
+
+
+def _point(
+    model: str, dtype: str, rows: int, tokens: int, rival: str, real: dict[str, int], step: StepBytes
+) -> dict[str, Any]:
     return {
-        "model": name, "dtype": dtype, "rows": rows, "tokens": tokens, "rival": rival,
+        "model": model, "dtype": dtype, "rows": rows, "tokens": tokens, "rival": rival,
         "kept": {"measured": real["kept"], "estimated": step.kept},
         "total": {"measured": real["total"], "estimated": step.total},
     }  # fmt: skip
@@ -117,11 +123,8 @@ def compare_with_gpu(record: Record) -> Iterator[dict[str, Any]]:
         if "peak_bytes" not in found or why_not_estimated(RIVALS[rival]):
             continue
         step = estimator.step(_in_one_dtype(RIVALS[rival], dtype), tokens)
-        yield {
-            "model": settings["model"], "dtype": settings["dtype"], "rows": rows, "tokens": tokens, "rival": rival,
-            "kept": {"measured": found["kept_bytes"], "estimated": step.kept},
-            "total": {"measured": found["weights_bytes"] + found["peak_bytes"], "estimated": step.total},
-        }  # fmt: skip
+        real = {"kept": found["kept_bytes"], "total": found["weights_bytes"] + found["peak_bytes"]}
+        yield _point(settings["model"], settings["dtype"], rows, tokens, rival, real, step)
 
 
 def _in_one_dtype(rival: Rival, dtype: torch.dtype) -> Rival:
@@ -148,8 +151,11 @@ def main() -> None:
     parser.add_argument("--gpu", action="store_true", help="against what benchmarks.gpu has recorded, per device")
     options = parser.parse_args()
     if options.gpu:
-        for folder in sorted(path for path in GPU_RESULTS.glob("*") if path.is_dir()):
-            records = [record for record in read_all(folder) if record.kind == "gpu-step"]
+        steps = sorted(GPU_RESULTS.glob("*/step-*.json"))
+        if not steps:
+            parser.error("there are no steps in benchmarks/results/gpu: run python -m benchmarks.gpu on a GPU first")
+        for folder in dict.fromkeys(path.parent for path in steps):
+            records = [Record.read(path) for path in steps if path.parent == folder]
             points = (point for record in records for point in compare_with_gpu(record))
             settings = {"measured by": "benchmarks.gpu", "device": records[0].environment["device"]}
             report(points, settings, options.out / f"{folder.name}.json")

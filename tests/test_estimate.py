@@ -106,7 +106,6 @@ def test_as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert 0.5 * gpu.gradients < gpu.update - cpu.update < gpu.gradients
 
 
-@pytest.mark.slow
 def test_dropout_as_on_a_gpu() -> None:
     """Attention drops out inside its kernel, so that nothing grows with the square of the tokens; masks are bytes."""
     kept = {
@@ -119,6 +118,7 @@ def test_dropout_as_on_a_gpu() -> None:
     assert kept[True, 32] < kept[False, 32]
 
 
+@pytest.mark.slow
 def test_kernels_allocate_what_is_estimated(tmp_path: Path) -> None:
     run_checks(ROOT / "tests" / "isolated" / "check_estimate.py", tmp_path / "report.xml", interpret=True, least=3)
 

@@ -8,7 +8,7 @@ interpreter truncates its own bf16 casts, and integers round alike everywhere.
 from __future__ import annotations
 
 import contextlib
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -142,9 +142,14 @@ def widen(values):
     return values.to(tl.float32)
 
 
-def as_bits(tensor: torch.Tensor | None) -> torch.Tensor | None:
+def blocks(size: int, block: int) -> int:
+    """How many blocks hold ``size`` (``triton.cdiv`` takes ten times as long)."""
+    return -(-size // block)
+
+
+def as_bits(tensor: torch.Tensor) -> torch.Tensor:
     """bfloat16 tensors as int16, everything else as it is."""
-    return tensor.view(torch.int16) if tensor is not None and tensor.dtype == torch.bfloat16 else tensor
+    return tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor
 
 
 class Rows(NamedTuple):
@@ -171,3 +176,26 @@ def as_rows(tensor: torch.Tensor) -> torch.Tensor:
         with contextlib.suppress(RuntimeError):
             return tensor.view(-1, columns)
     return tensor.contiguous().view(-1, columns)
+
+
+def on_device(tensor: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Kernels are launched under the device of their tensors."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+
+
+def writable_rows(tensor: torch.Tensor) -> torch.Tensor:
+    """Rows to write to: the tensor itself if it is dense, or a view where there is one; see ``written``."""
+    if tensor.is_contiguous():
+        return tensor
+    rows = as_rows(tensor)
+    if rows.shape[0] > 1 and rows.stride(0) < rows.shape[1]:
+        return tensor.contiguous().view(rows.shape)  # expanded: torch's copy_ will refuse to write it
+    return rows
+
+
+def written(tensor: torch.Tensor, rows: torch.Tensor) -> None:
+    """To be called when a kernel has written ``rows``, the ``writable_rows`` of a caller's tensor."""
+    if rows.data_ptr() != tensor.data_ptr():
+        tensor.copy_(rows.view(tensor.shape))
+    elif not tensor.is_inference():
+        torch.autograd.graph.increment_version(tensor)  # autograd cannot see a kernel write

@@ -29,25 +29,19 @@ from ..kernel_parts import (
     LANES,
     Rows,
     as_bits,
+    blocks,
     dot,
     load_float,
+    on_device,
     operand_pointer,
     round_like,
     round_operand,
     rows_of,
     widen,
-)
-from .triton_forward import (
-    StreamTensors,
-    blocks,
-    branch_constants,
-    cast_weights,
-    dropout_scalars,
-    lane_constants,
-    on_device,
     writable_rows,
     written,
 )
+from .triton_forward import StreamTensors, branch_constants, cast_weights, dropout_scalars, lane_constants
 from .triton_parts import (
     COUNTS,
     Tile,

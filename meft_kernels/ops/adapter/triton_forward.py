@@ -16,7 +16,6 @@ memory. What is above the floor: the second reading of x with a residual (from L
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
 from __future__ import annotations
 
-import contextlib
 from typing import Any
 
 import torch
@@ -26,7 +25,17 @@ import triton.language as tl
 from ..coupling import reference as coupling
 from ..coupling.packing import packed_shape, remainder_bits
 from ..coupling.types import Coupled
-from ..kernel_parts import LANES, as_bits, as_rows, load_float, round_like, rows_of
+from ..kernel_parts import (
+    LANES,
+    as_bits,
+    blocks,
+    load_float,
+    on_device,
+    round_like,
+    rows_of,
+    writable_rows,
+    written,
+)
 from .dropout import drop_threshold, signed_seed
 from .triton_parts import (
     COUNTS,
@@ -103,32 +112,9 @@ INTERPRETED: bool = not isinstance(adapter_couple_kernel, triton.runtime.JITFunc
 """Whether Triton took these kernels for its interpreter (TRITON_INTERPRET), which runs them on CPU tensors."""
 
 
-def on_device(tensor: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
-    """Kernels are launched under the device of their tensors."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
-
-
-def writable_rows(tensor: torch.Tensor) -> torch.Tensor:
-    """Rows to write to: the tensor itself if it is dense, or a view where there is one; see ``written``."""
-    if tensor.is_contiguous():
-        return tensor
-    rows = as_rows(tensor)
-    if rows.shape[0] > 1 and rows.stride(0) < rows.shape[1]:
-        return tensor.contiguous().view(rows.shape)  # expanded: torch's copy_ will refuse to write it
-    return rows
-
-
-def written(tensor: torch.Tensor, rows: torch.Tensor) -> None:
-    """To be called when a kernel has written ``rows``, the ``writable_rows`` of a caller's tensor."""
-    if rows.data_ptr() != tensor.data_ptr():
-        tensor.copy_(rows.view(tensor.shape))
-    elif not tensor.is_inference():
-        torch.autograd.graph.increment_version(tensor)  # autograd cannot see a kernel write
-
-
 def cast_weights(weights: AdapterWeights, dtype: torch.dtype) -> AdapterWeights:
     """As the kernels read them: dense, in the dtype of the hidden states. Costs rank / rows of the product."""
-    return AdapterWeights(*(as_bits(weight.to(dtype).contiguous()) for weight in weights))  # type: ignore[arg-type]
+    return AdapterWeights(*(as_bits(weight.to(dtype).contiguous()) for weight in weights))
 
 
 def branch_constants(x: torch.Tensor, rank: int, activation: int, dropout: float) -> tuple[dict[str, Any], int]:
@@ -145,11 +131,6 @@ def branch_constants(x: torch.Tensor, rank: int, activation: int, dropout: float
         "EVEN": x.shape[-1] % EVEN_COLUMNS == 0,
     }
     return constants | tile.options(), tile.block_m
-
-
-def blocks(size: int, block: int) -> int:
-    """How many blocks hold ``size`` (``triton.cdiv`` takes ten times as long)."""
-    return -(-size // block)
 
 
 def dropout_scalars(dropout: float, seed: int) -> tuple[int, int, float]:

@@ -20,7 +20,6 @@ interpreter truncates its own bf16 casts, and integers round alike everywhere.
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
 from __future__ import annotations
 
-import contextlib
 from typing import Any
 
 import torch
@@ -33,15 +32,18 @@ from ..kernel_parts import (
     LIMIT,
     NON_FINITE_FLAG,
     OVERFLOW_FLAG,
-    as_bits,
-    as_rows,
+    blocks,
     floor_divide,
     load_float,
+    on_device,
     pack,
     quantise,
     round_like,
+    rows_of,
     store_value,
     unpack_part,
+    writable_rows,
+    written,
 )
 from . import reference
 from .packing import GROUP, packed_shape, remainder_bits
@@ -191,21 +193,15 @@ def _launch(
     out = stream if inplace else torch.empty(stream.shape, dtype=stream.dtype, device=stream.device)
     totals = torch.zeros(2, dtype=torch.int64, device=stream.device)  # checksum and status, cleared by one memset
     if stream.numel():
-        target, columns = out, stream.shape[-1]
-        rows = stream.numel() // columns
-        tensors: list[torch.Tensor | None] = [stream, branch, center, out, value]
-        strides = [0] * len(tensors)
+        source = writable_rows(stream) if inplace else stream
+        target = source if inplace else out
+        tensors, strides = zip(*map(rows_of, (source, branch, center, target, value)), strict=True)
+
+        rows, columns = stream.numel() // stream.shape[-1], stream.shape[-1]
         dense = all(tensor is None or tensor.is_contiguous() for tensor in tensors)
         if flat := dense and (columns % GROUP == 0 or packed is None):
-            rows, columns = 1, rows * columns
-        else:
-            source = as_rows(stream)
-            if inplace and rows > 1 and source.stride(0) < columns:
-                source = stream.contiguous().view(source.shape)  # expanded: torch's copy_ below refuses to write it
-            target = source if inplace else as_rows(out)
-            tensors = [None if each is None else as_rows(each) for each in (source, branch, center, target, value)]
-            strides = [0 if each is None else each.stride(0) for each in tensors]
-        groups = rows * (row_groups := -(-columns // GROUP))
+            rows, columns, strides = 1, rows * columns, (0,) * len(tensors)
+        groups = rows * (row_groups := blocks(columns, GROUP))
 
         scalars: tuple[float, ...] = (coefficient,)
         constants: dict[str, int] = {"INVERSE": inverse}
@@ -215,15 +211,13 @@ def _launch(
             kernel = uncouple_exact_kernel if inverse else couple_exact_kernel
             constants = {"Q": exact[0], "SIGN": exact[1], "BITS": remainder_bits(exact[0])}
         block = next(size for least, size in BLOCKS if groups >= least)
-        with torch.cuda.device(stream.device) if stream.is_cuda else contextlib.nullcontext():
-            kernel[(-(-groups // block),)](
-                *map(as_bits, tensors), packed, totals, groups, row_groups, columns, *strides, *scalars,
+        with on_device(stream):
+            kernel[(blocks(groups, block),)](
+                *tensors, packed, totals, groups, row_groups, columns, *strides, *scalars,
                 **constants, BLOCK=block, FLAT=flat, EVEN=columns % GROUP == 0, **OPTIONS,
             )  # fmt: skip
-        if inplace and target.data_ptr() != stream.data_ptr():
-            stream.copy_(target.view(stream.shape))
-        elif inplace and not stream.is_inference():
-            torch.autograd.graph.increment_version(stream)  # autograd cannot see a kernel write
+        if inplace:
+            written(stream, target)
     if value is None and value_dtype is not None:  # float64, say
         k = fraction_bits
         value = out.contiguous().to(value_dtype) if k is None else reference.dequantise(out, k, value_dtype)
