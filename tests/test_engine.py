@@ -127,14 +127,15 @@ def test_unused_output_leaves_no_memory_behind() -> None:
     train_step(model, batch)
     tapes = []
     stack = require_state(model).stacks[0]
-    start = stack._start
+    passes = stack.passes
+    start = passes._start
 
     def spy(hidden_states: torch.Tensor) -> object:
         current = start(hidden_states)
         tapes.append(weakref.ref(current.tape))
         return current
 
-    stack._start = spy
+    passes._start = spy
     gc.disable()  # reference cycles would only go with the collector
     try:
         output = model(**batch)

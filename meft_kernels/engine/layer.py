@@ -1,37 +1,47 @@
-"""One layer made reversible: what its ``forward`` becomes, its branches, and what of its call needs a gradient."""
+"""One layer made reversible: what its ``forward`` becomes, and its branches."""
 
 from __future__ import annotations
 
 import inspect
 import logging
 import types
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any, Protocol
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_leaves, tree_map_only
-from transformers.cache_utils import Cache
 
 from ..adapters import Adapter, FfnTap, FusedBranch
 from ..architectures import LayerSpec
+from ..config import MeftConfig
 from ..errors import ReversibleUsageError
-from ..modules import parameters_of
 from ..notices import warn_once
+from .arguments import caches_in, without_cache
 from .compiling import compiled_for, why_not_compiled
-from .replay import no_leaf
 from .variants import Branch, Plan
-
-if TYPE_CHECKING:
-    from .stack import ReversibleStack
 
 logger = logging.getLogger(__name__)
 
 ADAPTERS = "meft"
 """Name of the submodule that holds a layer's adapters."""
 
-_CACHE_NAMES = ("cache", "past_key_values", "past_key_value", "layer_past")
-"""Names under which a layer is handed a KV cache; transformers 5.24 took a new one."""
+
+class Stack(Protocol):
+    """What a layer needs of the stack that it belongs to."""
+
+    name: str
+    spec: LayerSpec
+    plan: Plan
+    config: MeftConfig
+    bypassed: bool
+
+    def run(
+        self, layer: PatchedLayer, hidden_states: torch.Tensor, kwargs: dict[str, Any]
+    ) -> tuple[torch.Tensor, tuple[Any, ...] | None]:
+        """The layer's part of a forward pass."""
+
+    def abandon(self) -> None:
+        """Forget the pass under way."""
 
 
 class PatchedLayer:
@@ -39,7 +49,7 @@ class PatchedLayer:
 
     def __init__(
         self,
-        stack: ReversibleStack,
+        stack: Stack,
         module: nn.Module,
         index: int,
         adapter: Adapter | None,
@@ -186,51 +196,3 @@ class PatchedLayer:
 
 def _split(output: Any) -> tuple[torch.Tensor, tuple[Any, ...] | None]:
     return (output[0], tuple(output[1:])) if isinstance(output, tuple | list) else (output, None)
-
-
-def caches_in(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The KV caches among a call's arguments: by their type, and by name where they are tuples of tensors."""
-    return {
-        name: value
-        for name, value in kwargs.items()
-        if value is not None and (name in _CACHE_NAMES or isinstance(value, Cache))
-    }
-
-
-def cached_tensors(kwargs: dict[str, Any]) -> Iterator[torch.Tensor]:
-    """Keys and values in a call's KV caches: prefix tuning puts tensors there that are to be trained."""
-    for cache in caches_in(kwargs).values():
-        parts = [getattr(cache, name, None) for name in ("self_attention_cache", "cross_attention_cache")]
-        for part in [part for part in parts if part is not None] or [cache]:
-            layers = getattr(part, "layers", part)
-            held = [vars(layer) if hasattr(layer, "__dict__") else layer for layer in layers]
-            yield from (leaf for leaf in tree_leaves(held) if isinstance(leaf, torch.Tensor))
-
-
-def without_cache(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of a recompute, which must not append to a KV cache."""
-    caches = caches_in(kwargs)
-    return {name: value for name, value in kwargs.items() if name not in caches and name != "use_cache"}
-
-
-def differentiable(
-    module: nn.Module, kwargs: dict[str, Any]
-) -> tuple[list[torch.Tensor], list[torch.Tensor], dict[str, Any]]:
-    """What of a layer call needs a gradient besides the streams.
-
-    Returns:
-        The tensors themselves; the leaves to differentiate by (parameters stand for themselves, arguments for detached
-        copies); and ``kwargs`` with those copies in place.
-    """
-    tensors: list[torch.Tensor] = [parameter for parameter in parameters_of(module) if parameter.requires_grad]
-    leaves = list(tensors)
-
-    def detach(tensor: torch.Tensor) -> torch.Tensor:
-        if not tensor.requires_grad:
-            return tensor
-        leaf = tensor.detach().requires_grad_()
-        tensors.append(tensor)
-        leaves.append(leaf)
-        return no_leaf(leaf)
-
-    return tensors, leaves, tree_map_only(torch.Tensor, detach, kwargs)

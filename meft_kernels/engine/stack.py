@@ -8,11 +8,8 @@ last one reads it out.
 from __future__ import annotations
 
 import copy
-import logging
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,33 +18,16 @@ from torch import nn
 from ..architectures import find_architecture
 from ..config import MeftConfig
 from ..errors import ReversibleUsageError, StreamOverflowError, UnsupportedModelError
-from ..notices import warn_once
 from ..targets import LayerList, refuse_partitioned
+from .arguments import caches_in
 from .arithmetic import Arithmetic
 from .calibration import MAX_CALIBRATED_BITS, Probe
-from .layer import PatchedLayer, cached_tensors, caches_in, differentiable, without_cache
-from .replay import draw_seed, seeded
-from .reversible import Enter, Exit, Reversible
-from .step import Step
+from .layer import PatchedLayer
+from .passes import Passes
+from .refusals import asked_for, refuse_outputs, refuse_replica
+from .replay import seeded
 from .tape import Counts, Observer, Tape
 from .variants import make_plan
-
-logger = logging.getLogger(__name__)
-
-
-@dataclass
-class _Pass:
-    """A forward pass between two of its layers."""
-
-    tape: Tape
-    next_index: int
-    other: torch.Tensor
-    main: torch.Tensor
-    handed_on: torch.Tensor
-    """What the layer before returned: ``main``, or the read-out where hidden states were asked for."""
-    version: int | None
-    graph: bool = False
-    """Whether plain autograd has taken over, as it does above the reversible layers."""
 
 
 class ReversibleStack:
@@ -75,7 +55,7 @@ class ReversibleStack:
         self.counts = Counts()
         self.max_bits = MAX_CALIBRATED_BITS
         """Calibration goes no finer; lowered when streams overflowed what it had chosen."""
-        self._local = threading.local()
+        self.passes = Passes(self)
         self.arithmetic = self.given_arithmetic(config)
         self._handles = [
             self.owner.register_forward_pre_hook(self._before_forward, with_kwargs=True),
@@ -83,9 +63,9 @@ class ReversibleStack:
         ]
 
     def __getstate__(self) -> dict[str, Any]:
-        # For copy.deepcopy and pickle: a pass under way is nothing to copy, and threading.local cannot be. The spec's
-        # callables need not be importable; the reader of a pickle has registered the family, too.
-        return {name: value for name, value in self.__dict__.items() if name not in ("_local", "spec")}
+        # For copy.deepcopy and pickle: the spec's callables need not be importable, and the reader of a pickle has
+        # registered the family, too.
+        return {name: value for name, value in self.__dict__.items() if name != "spec"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         architecture = find_architecture(state["_family"])
@@ -95,7 +75,6 @@ class ReversibleStack:
                 "register_architecture before loading it"
             )
         self.__dict__.update(state, spec=architecture.layers[state["_kind"]])
-        self._local = threading.local()
 
     @property
     def reversible_end(self) -> int:
@@ -131,7 +110,7 @@ class ReversibleStack:
 
     def abandon(self) -> None:
         """Forget the pass under way, if any."""
-        self._local.current = None
+        self.passes.abandon()
 
     @contextmanager
     def bypass(self) -> Iterator[None]:
@@ -145,123 +124,11 @@ class ReversibleStack:
     def run(
         self, layer: PatchedLayer, hidden_states: torch.Tensor, kwargs: dict[str, Any]
     ) -> tuple[torch.Tensor, tuple[Any, ...] | None]:
-        """One layer's part of a forward pass: the hidden states to hand on, and what else the layer returns.
+        """One layer's part of a forward pass; see :meth:`~meft_kernels.engine.passes.Passes.run`."""
+        return self.passes.run(layer, hidden_states, kwargs)
 
-        The latter is None for layers that return hidden states bare.
-        """
-        if layer.module.training and getattr(layer.module, "gradient_checkpointing", False):
-            raise ReversibleUsageError(
-                f"gradient checkpointing is on for {layer.name}, which already keeps no activations: call "
-                "model.gradient_checkpointing_disable(), or pass gradient_checkpointing=False to the trainer"
-            )
-        drops = self.layerdrop and layer.module.training
-        current = self._pass_at(layer, hidden_states, drops)
-        hidden_states = current.main  # what the recompute will see: as quantised, and no read-out
-        tensors, leaves, detached = differentiable(layer.module, kwargs)
-        if not torch.is_grad_enabled() or not (tensors or current.main.requires_grad):
-            step = Step(layer, current.tape, kwargs, [])
-            current.main = step.forward(hidden_states, recording=False)
-            extras = step.extras.take()
-        elif self._keeps_activations(layer, kwargs):
-            if not current.graph:
-                current.tape, current.graph = current.tape.fork(), True
-            step = Step(layer, current.tape, kwargs, [])
-            current.other, current.main, extras = step.forward_with_graph(current.other, hidden_states)
-        else:
-            if current.tape.first_recorded is None:
-                current.tape.first_recorded = current.tape.position
-            _refuse_filled_cache(kwargs, layer.index)
-            step = Step(layer, current.tape, without_cache(detached), leaves)
-            current.other, current.main, *made = Reversible.apply(step, current.other, hidden_states, *tensors)
-            extras = step.extras.take(made)
-            if self.observer is not None:
-                self.observer.saved(layer.index, step.saved_bytes)
-        if layer is self.layers[-1]:
-            self.abandon()
-            self._check(current.tape)
-            return Exit.apply(current.other, current.main, current.tape), extras
-        current.next_index = layer.index + 1
-        current.handed_on = current.main
-        if drops or getattr(self._local, "wants_hidden_states", False):
-            # A stream alone is not what the model's layer would have returned: meft2's main one lags by a layer. With
-            # LayerDrop any layer may turn out to have been the last.
-            current.handed_on = Exit.apply(current.other, current.main, current.tape)
-        current.version = _version(current.handed_on)
-        return current.handed_on, extras
-
-    def _pass_at(self, layer: PatchedLayer, hidden_states: torch.Tensor, drops: bool) -> _Pass:
-        """The pass that this call goes on with, or begins."""
-        current: _Pass | None = getattr(self._local, "current", None)
-        if current is None and (layer.index == self.first or drops):
-            return self._start(hidden_states)
-        if current is None or not (layer.index == current.next_index or (drops and layer.index > current.next_index)):
-            expected = "the first layer" if current is None else self.layers[current.next_index - self.first].name
-            raise ReversibleUsageError(
-                f"{layer.name} was called where {expected} was due: reversible layers run in order, each once "
-                "(early exits and calls of single layers are not supported; LayerDrop is, where the model's config has "
-                "it when patch is called)"
-            )
-        self._check_untouched(current, layer, hidden_states)
-        return current
-
-    def _start(self, hidden_states: torch.Tensor) -> _Pass:
-        if self.arithmetic is None:
-            raise ReversibleUsageError(
-                f"{self.name} was called without its model, so fraction_bits could not be calibrated: call "
-                "model(**batch) or meft_kernels.calibrate(model, batch) once, or pass fraction_bits to patch"
-            )
-        if hidden_states.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
-            raise ReversibleUsageError(
-                f"hidden states must be float16, bfloat16, float32 or float64, got {hidden_states.dtype}"
-            )
-        tape = Tape.start(
-            hidden_states,
-            arithmetic=self.arithmetic,
-            readout=self.plan.readout,
-            seed=draw_seed() if torch.is_grad_enabled() or self._trains_anywhere() else None,
-            observer=self.observer,
-            counts=self.counts,
-        )
-        if torch.is_grad_enabled():
-            self.counts.last_tokens = hidden_states.shape[:-1].numel()
-            self.counts.tokens += self.counts.last_tokens
-        other, main = Enter.apply(hidden_states, tape)
-        self._local.current = current = _Pass(tape, self.first, other, main, main, None)
-        return current
-
-    def _trains_anywhere(self) -> bool:
-        """Whether any module is in train mode: dropout may be live in an eval-mode model, or below its first layer."""
-        return any(module.training for layer in self.layers for module in layer.module.modules())
-
-    @staticmethod
-    def _check_untouched(current: _Pass, layer: PatchedLayer, hidden_states: torch.Tensor) -> None:
-        main = current.handed_on
-        # Not `is`: FSDP and others pass tensors through an identity Function of their own.
-        same = (
-            hidden_states.data_ptr() == main.data_ptr()
-            and hidden_states.shape == main.shape
-            and hidden_states.dtype == main.dtype
-            and current.version == _version(hidden_states)
-        )
-        if not same:
-            raise ReversibleUsageError(
-                f"the hidden states that {layer.name} got are not those that the layer before returned: a hook or the "
-                "model's own code changed them between two reversible layers, which the inverse cannot know"
-            )
-
-    def _keeps_activations(self, layer: PatchedLayer, kwargs: dict[str, Any]) -> bool:
-        if layer.index >= self.reversible_end:
-            return True
-        if not layer.module.training and caches_in(kwargs):
-            warn_once(
-                logger,
-                "gradients are recorded in eval mode with a KV cache, which a recompute would fill twice: activations "
-                "are kept. Pass use_cache=False, or call model.train() or torch.no_grad(), whichever you mean.",
-            )
-            return True
-        return False
-
-    def _check(self, tape: Tape) -> None:
+    def check(self, tape: Tape) -> None:
+        """Raise if a stream of the pass left its range; the next forward then calibrates anew, to fewer bits."""
         try:
             tape.check_forward()
         except StreamOverflowError as error:
@@ -280,36 +147,20 @@ class ReversibleStack:
     def _before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self.bypassed:
             return
-        self.abandon()
-        if getattr(module, "_is_replica", False):
-            raise ReversibleUsageError(
-                "nn.DataParallel is not supported, its replicas would compute with the first device's layers: "
-                "launch with torchrun (DistributedDataParallel), or show one device (CUDA_VISIBLE_DEVICES=0)"
-            )
+        self.passes.begin(wants_hidden_states=asked_for("output_hidden_states", module, kwargs))
+        refuse_replica(module)
         refuse_partitioned(self.layers[0].module, self.name)
-        self._local.wants_hidden_states = _asked_for("output_hidden_states", module, kwargs)
-        prefix_trains = any(tensor.requires_grad for tensor in cached_tensors(kwargs))
-        if self.reversible_end > self.first and torch.is_grad_enabled() and (_trains(module) or prefix_trains):
-            for name in ("output_hidden_states", "output_attentions", "output_router_logits"):
-                if _asked_for(name, module, kwargs):
-                    raise ReversibleUsageError(
-                        f"{name} is not available while gradients are recorded: reversible layers keep none of what "
-                        f"is asked for, and it would come without its gradient. Pass {name}=False, run under "
-                        f"torch.no_grad(), or patch with engine='autograd'."
-                    )
-            if module.training or prefix_trains:
-                _refuse_filled_cache(kwargs, self.first)
+        refuse_outputs(module, kwargs, reversible=self.reversible_end > self.first, first=self.first)
         if self.arithmetic is None:
             self.calibrate(args, kwargs)
 
     @torch.compiler.disable
     def _after_forward(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        current: _Pass | None = getattr(self._local, "current", None)
-        self.abandon()
+        current = self.passes.end()
         if current is None or output is None:
             return
         if self.layerdrop and module.training:
-            self._check(current.tape)
+            self.check(current.tape)
         else:
             raise ReversibleUsageError(
                 f"the model returned before {self.layers[-1].name}, so the streams were never read out (a smaller "
@@ -354,27 +205,3 @@ class ReversibleStack:
             self.arithmetic, self.observer = before
             self.abandon()
         self.arithmetic = Arithmetic(probe.fraction_bits_for(self.max_bits, self.name), self.config.impl)
-
-
-def _refuse_filled_cache(kwargs: dict[str, Any], index: int) -> None:
-    """An empty KV cache may be left out of training; a filled one is an input that a recompute would not see again."""
-    for name, cache in caches_in(kwargs).items():
-        length = getattr(cache, "get_seq_length", None)
-        if length is None or int(length(index)) > 0:
-            raise ReversibleUsageError(
-                f"{name} holds earlier tokens while gradients are recorded, and a recompute cannot use it: pass the "
-                "whole sequence. Prefix tuning works this way; it needs engine='autograd'."
-            )
-
-
-def _version(tensor: torch.Tensor) -> int | None:
-    return None if tensor.is_inference() else tensor._version
-
-
-def _asked_for(name: str, module: nn.Module, kwargs: dict[str, Any]) -> bool:
-    asked = kwargs.get(name)
-    return bool(asked if asked is not None else getattr(getattr(module, "config", None), name, False))
-
-
-def _trains(module: nn.Module) -> bool:
-    return any(parameter.requires_grad for parameter in module.parameters())

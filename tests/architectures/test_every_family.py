@@ -14,7 +14,7 @@ from torch import nn
 import meft_kernels
 from meft_kernels import supported_model_types
 from meft_kernels.architectures import find_architecture
-from meft_kernels.engine.layer import without_cache
+from meft_kernels.engine.arguments import without_cache
 
 from ..models import VARIANTS, StreamWitness, relative_error, worst_error
 from .exactness import CASES, FP32_BOUND, assert_exact, outputs_of, patched, step

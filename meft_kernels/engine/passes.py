@@ -1,0 +1,213 @@
+"""Forward passes under way through one stack's layers, each in its own thread."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from ..errors import ReversibleUsageError
+from ..notices import warn_once
+from .arguments import caches_in, differentiable, without_cache
+from .arithmetic import Arithmetic
+from .layer import PatchedLayer
+from .refusals import refuse_checkpointing, refuse_filled_cache
+from .replay import draw_seed
+from .reversible import Enter, Exit, Reversible
+from .step import Step
+from .tape import Counts, Observer, Tape
+from .variants import Plan
+
+logger = logging.getLogger(__name__)
+
+
+class Stack(Protocol):
+    """What a pass needs of the stack whose layers it runs through."""
+
+    name: str
+    first: int
+    layers: list[PatchedLayer]
+    layerdrop: bool
+    plan: Plan
+    arithmetic: Arithmetic | None
+    observer: Observer | None
+    counts: Counts
+
+    @property
+    def reversible_end(self) -> int:
+        """Index of the first layer that keeps its activations."""
+
+    def check(self, tape: Tape) -> None:
+        """Raise if a stream of the pass left its range."""
+
+
+@dataclass
+class Pass:
+    """A forward pass between two of its layers."""
+
+    tape: Tape
+    next_index: int
+    other: torch.Tensor
+    main: torch.Tensor
+    handed_on: torch.Tensor
+    """What the layer before returned: ``main``, or the read-out where hidden states were asked for."""
+    version: int | None
+    graph: bool = False
+    """Whether plain autograd has taken over, as it does above the reversible layers."""
+
+
+class Passes:
+    """The passes under way through one stack, at most one in each thread."""
+
+    def __init__(self, stack: Stack) -> None:
+        self._stack = stack
+        self._local = threading.local()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # For copy.deepcopy and pickle: a pass under way is nothing to copy, and threading.local cannot be.
+        return {"_stack": self._stack}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["_stack"])  # type: ignore[misc]
+
+    def begin(self, *, wants_hidden_states: bool) -> None:
+        """A call of the model begins: nothing is left of an earlier one that did not reach its end."""
+        self.abandon()
+        self._local.wants_hidden_states = wants_hidden_states
+
+    def end(self) -> Pass | None:
+        """A call of the model has ended: the pass that is still under way, if any."""
+        current: Pass | None = getattr(self._local, "current", None)
+        self.abandon()
+        return current
+
+    def abandon(self) -> None:
+        """Forget the pass under way, if any."""
+        self._local.current = None
+
+    def run(
+        self, layer: PatchedLayer, hidden_states: torch.Tensor, kwargs: dict[str, Any]
+    ) -> tuple[torch.Tensor, tuple[Any, ...] | None]:
+        """One layer's part of a forward pass: the hidden states to hand on, and what else the layer returns.
+
+        The latter is None for layers that return hidden states bare.
+        """
+        refuse_checkpointing(layer.name, layer.module)
+        drops = self._stack.layerdrop and layer.module.training
+        current = self._pass_at(layer, hidden_states, drops)
+        hidden_states = current.main  # what the recompute will see: as quantised, and no read-out
+        tensors, leaves, detached = differentiable(layer.module, kwargs)
+        if not torch.is_grad_enabled() or not (tensors or current.main.requires_grad):
+            step = Step(layer, current.tape, kwargs, [])
+            current.main = step.forward(hidden_states, recording=False)
+            extras = step.extras.take()
+        elif self._keeps_activations(layer, kwargs):
+            if not current.graph:
+                current.tape, current.graph = current.tape.fork(), True
+            step = Step(layer, current.tape, kwargs, [])
+            current.other, current.main, extras = step.forward_with_graph(current.other, hidden_states)
+        else:
+            if current.tape.first_recorded is None:
+                current.tape.first_recorded = current.tape.position
+            refuse_filled_cache(kwargs, layer.index)
+            step = Step(layer, current.tape, without_cache(detached), leaves)
+            current.other, current.main, *made = Reversible.apply(step, current.other, hidden_states, *tensors)
+            extras = step.extras.take(made)
+            if self._stack.observer is not None:
+                self._stack.observer.saved(layer.index, step.saved_bytes)
+        if layer is self._stack.layers[-1]:
+            self.abandon()
+            self._stack.check(current.tape)
+            return Exit.apply(current.other, current.main, current.tape), extras
+        current.next_index = layer.index + 1
+        current.handed_on = current.main
+        if drops or getattr(self._local, "wants_hidden_states", False):
+            # A stream alone is not what the model's layer would have returned: meft2's main one lags by a layer. With
+            # LayerDrop any layer may turn out to have been the last.
+            current.handed_on = Exit.apply(current.other, current.main, current.tape)
+        current.version = version_of(current.handed_on)
+        return current.handed_on, extras
+
+    def _pass_at(self, layer: PatchedLayer, hidden_states: torch.Tensor, drops: bool) -> Pass:
+        """The pass that this call goes on with, or begins."""
+        current: Pass | None = getattr(self._local, "current", None)
+        if current is None and (layer.index == self._stack.first or drops):
+            return self._start(hidden_states)
+        if current is None or not (layer.index == current.next_index or (drops and layer.index > current.next_index)):
+            expected = (
+                "the first layer"
+                if current is None
+                else self._stack.layers[current.next_index - self._stack.first].name
+            )
+            raise ReversibleUsageError(
+                f"{layer.name} was called where {expected} was due: reversible layers run in order, each once "
+                "(early exits and calls of single layers are not supported; LayerDrop is, where the model's config has "
+                "it when patch is called)"
+            )
+        self._check_untouched(current, layer, hidden_states)
+        return current
+
+    def _start(self, hidden_states: torch.Tensor) -> Pass:
+        if self._stack.arithmetic is None:
+            raise ReversibleUsageError(
+                f"{self._stack.name} was called without its model, so fraction_bits could not be calibrated: call "
+                "model(**batch) or meft_kernels.calibrate(model, batch) once, or pass fraction_bits to patch"
+            )
+        if hidden_states.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+            raise ReversibleUsageError(
+                f"hidden states must be float16, bfloat16, float32 or float64, got {hidden_states.dtype}"
+            )
+        tape = Tape.start(
+            hidden_states,
+            arithmetic=self._stack.arithmetic,
+            readout=self._stack.plan.readout,
+            seed=draw_seed() if torch.is_grad_enabled() or self._trains_anywhere() else None,
+            observer=self._stack.observer,
+            counts=self._stack.counts,
+        )
+        if torch.is_grad_enabled():
+            self._stack.counts.last_tokens = hidden_states.shape[:-1].numel()
+            self._stack.counts.tokens += self._stack.counts.last_tokens
+        other, main = Enter.apply(hidden_states, tape)
+        self._local.current = current = Pass(tape, self._stack.first, other, main, main, None)
+        return current
+
+    def _trains_anywhere(self) -> bool:
+        """Whether any module is in train mode: dropout may be live in an eval-mode model, or below its first layer."""
+        return any(module.training for layer in self._stack.layers for module in layer.module.modules())
+
+    @staticmethod
+    def _check_untouched(current: Pass, layer: PatchedLayer, hidden_states: torch.Tensor) -> None:
+        main = current.handed_on
+        # Not `is`: FSDP and others pass tensors through an identity Function of their own.
+        same = (
+            hidden_states.data_ptr() == main.data_ptr()
+            and hidden_states.shape == main.shape
+            and hidden_states.dtype == main.dtype
+            and current.version == version_of(hidden_states)
+        )
+        if not same:
+            raise ReversibleUsageError(
+                f"the hidden states that {layer.name} got are not those that the layer before returned: a hook or the "
+                "model's own code changed them between two reversible layers, which the inverse cannot know"
+            )
+
+    def _keeps_activations(self, layer: PatchedLayer, kwargs: dict[str, Any]) -> bool:
+        if layer.index >= self._stack.reversible_end:
+            return True
+        if not layer.module.training and caches_in(kwargs):
+            warn_once(
+                logger,
+                "gradients are recorded in eval mode with a KV cache, which a recompute would fill twice: activations "
+                "are kept. Pass use_cache=False, or call model.train() or torch.no_grad(), whichever you mean.",
+            )
+            return True
+        return False
+
+
+def version_of(tensor: torch.Tensor) -> int | None:
+    """Changes whenever the tensor is written to."""
+    return None if tensor.is_inference() else tensor._version
