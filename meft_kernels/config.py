@@ -27,6 +27,8 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "adapters": ("all", "none"),
     "adapter_dtype": ("float32", "model"),
     "impl": ("auto", "torch", "triton"),
+    "attention": ("auto", "whole", "pieces"),
+    "remainders": ("device", "host"),
 }
 
 # (lam, beta) of the paper, section 3.3.
@@ -101,6 +103,21 @@ class MeftConfig:
     reversible_layers: int | None = option(
         None, "how many of the patched layers drop their activations, from the bottom; the rest keep them"
     )
+    tile: int | Literal["auto", "off"] = option(
+        "auto",
+        "rows of hidden states for which a layer's position-wise parts are computed at a time; 'auto': as few "
+        "as keep matrix products efficient on the device; 'off': all",
+    )
+    attention: Literal["auto", "whole", "pieces"] = option(
+        "auto",
+        "'pieces': projections by tiles, attention by groups of heads, the projections computed once more in "
+        "backward; 'auto': whole",
+    )
+    lean_norms: bool = option(True, "norms written in plain torch keep their input and not float32 copies of it")
+    inplace_gradients: bool = option(True, "gradients of the streams are accumulated into, not copied, layer by layer")
+    remainders: Literal["device", "host"] = option(
+        "device", "where what the inverse needs waits between forward and backward; 'host': in pinned host memory"
+    )
     compile_layers: bool = option(False, "run the pretrained layers under torch.compile, in forward as in backward")
     impl: Impl = option(
         "auto", "implementation of the coupling and adapter ops; 'auto': Triton on CUDA, torch elsewhere"
@@ -134,8 +151,13 @@ class MeftConfig:
         for name in ("down_init_std", "up_init_std"):
             if not (_is_number(getattr(self, name)) and getattr(self, name) >= 0):
                 raise ValueError(f"{name} must be finite and not negative, got {getattr(self, name)!r}")
-        if not isinstance(self.compile_layers, bool):
-            raise ValueError(f"compile_layers must be True or False, got {self.compile_layers!r}")
+        for name in ("compile_layers", "lean_norms", "inplace_gradients"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
+        if self.tile not in ("auto", "off"):
+            if isinstance(self.tile, str):
+                raise ValueError(f"tile is a number of rows, 'auto' or 'off', not {self.tile!r}")
+            self._check_integer("tile", 1)
         for name, coefficient in zip(("lam", "beta"), self.coefficients, strict=True):
             if not _is_number(coefficient) or coefficient == 0:
                 raise ValueError(f"{name} must be a finite number other than 0, got {coefficient!r}")

@@ -35,6 +35,7 @@ class LayerList:
     hidden_size: int
     layerdrop: bool
     post_norm: bool
+    in_turn: bool
 
 
 def find_spec(model: nn.Module, config: MeftConfig) -> ArchitectureSpec:
@@ -125,6 +126,7 @@ def _describe(model: Any, name: str, layers: list[nn.Module], spec: Architecture
             hidden_size=spec.hidden_size(model.config),
             layerdrop=layer_spec.layerdrop(model.config) > 0,
             post_norm=layer_spec.post_norm(model.config),
+            in_turn=layer_spec.in_turn(model.config),
         )
 
 

@@ -4,9 +4,16 @@ import importlib
 import pkgutil
 
 from .registry import find_architecture, register_architecture, supported_model_types
-from .spec import ArchitectureSpec, LayerSpec
+from .spec import ArchitectureSpec, AttentionPieces, LayerSpec
 
 for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")
 
-__all__ = ["ArchitectureSpec", "LayerSpec", "find_architecture", "register_architecture", "supported_model_types"]
+__all__ = [
+    "ArchitectureSpec",
+    "AttentionPieces",
+    "LayerSpec",
+    "find_architecture",
+    "register_architecture",
+    "supported_model_types",
+]

@@ -37,6 +37,7 @@ register_architecture(
                 mlp_block=_mlp_block,
                 ffn_reads=lambda layer: layer.mlp,
                 ffn_writes=lambda layer: layer.mlp,
+                in_turn=lambda config: not config.use_parallel_residual,
             ),
         ),
         activation=lambda config: config.hidden_act,

@@ -18,6 +18,10 @@ def _pre_norm(config: Any) -> bool:
     return False
 
 
+def _in_turn(config: Any) -> bool:
+    return True
+
+
 def _no_layerdrop(config: Any) -> float:
     return 0.0
 
@@ -32,6 +36,31 @@ def _no_dropout(config: Any) -> float:
 
 def _no_objection(config: Any, settings: MeftConfig) -> str | None:
     return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionPieces:
+    """An attention block as three functions, of which the first and the last compute every token for itself.
+
+    ``output(layer, x, attend(layer, *project(layer, x)))`` is the attention block bit for bit. ``kwargs`` are the layer
+    call's own, by name.
+    """
+
+    project: Callable[..., tuple[Any, Any, Any]]
+    """``(layer, hidden_states, **kwargs) -> (queries, keys, values)``, each ``[batch, heads, tokens, D]``, from the
+    layer's input, its norm and rotary embeddings included."""
+
+    attend: Callable[..., Any]
+    """``(layer, queries, keys, values, **kwargs) -> [batch, tokens, heads, D]``, of any heads that belong together."""
+
+    output: Callable[..., Any]
+    """``(layer, hidden_states, attended, **kwargs) -> hidden_states`` after the block, its residual included."""
+
+    by_position: tuple[str, ...] = ("position_embeddings",)
+    """Arguments, tensors or tuples of them, ``[batch or 1, tokens, ...]``, of which a tile needs its own part."""
+
+    suits: Callable[[Any, dict[str, Any]], bool]
+    """``(layer, kwargs) -> bool``: whether this call of this layer does what the pieces do."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,11 +95,20 @@ class LayerSpec:
     """Whether, by the model's config, the layer ends in a norm of all its output, so that no residual stream goes
     through it. Decides the read-out."""
 
+    in_turn: Callable[[Any], bool] = _in_turn
+    """Whether, by the model's config, the MLP block reads what the attention block gives, so that the two blocks make
+    up the layer. Where both read the layer's input, the MLP cannot be computed tile by tile after attention."""
+
+    attention_pieces: AttentionPieces | None = None
+    """The attention block in pieces, where the family's can be cut so."""
+
     layerdrop: Callable[[Any], float] = _no_layerdrop
     """The probability, from the model's config, with which its forward leaves out such a layer in training."""
 
     def __post_init__(self) -> None:
-        _check_callables(self, "attention_block", "mlp_block", "ffn_reads", "ffn_writes", "post_norm", "layerdrop")
+        _check_callables(
+            self, "attention_block", "mlp_block", "ffn_reads", "ffn_writes", "post_norm", "in_turn", "layerdrop"
+        )
 
     @property
     def class_names(self) -> tuple[str, ...]:

@@ -18,6 +18,9 @@ from ..errors import ReversibleUsageError
 from ..notices import warn_once
 from .arguments import caches_in, without_cache
 from .compiling import compiled_for, why_not_compiled
+from .norms import lean_norms
+from .pieces import AttentionInPieces, Seeds
+from .tiles import WHOLE, Tile, auto_rows, cut
 from .variants import Branch, Plan
 
 logger = logging.getLogger(__name__)
@@ -33,6 +36,7 @@ class Stack(Protocol):
     spec: LayerSpec
     plan: Plan
     config: MeftConfig
+    in_turn: bool
     bypassed: bool
 
     def run(
@@ -62,6 +66,8 @@ class PatchedLayer:
         self.adapter = adapter
         self.tap = tap
         self._instance_forward = vars(module).get("forward")  # another library's, bound before ours
+        rows = stack.config.tile
+        self._norms = lean_norms(module, rows if isinstance(rows, int) else None) if stack.config.lean_norms else []
         # The class's own names: an instance's forward may be somebody's `(*args, **kwargs)`.
         self._parameters = [
             parameter.name
@@ -85,6 +91,8 @@ class PatchedLayer:
     def bind(self) -> None:
         """Put this object in the place of the layer's ``forward``."""
         self.module.forward = self
+        for norm in self._norms:
+            norm.bind()
 
     @property
     def is_bound(self) -> bool:
@@ -92,7 +100,9 @@ class PatchedLayer:
         return vars(self.module).get("forward") is self
 
     def unbind(self) -> None:
-        """Give the layer its own ``forward`` back."""
+        """Give the layer its own ``forward`` back, and its norms theirs."""
+        for norm in self._norms:
+            norm.unbind()
         if self._instance_forward is None:
             del self.module.forward
         else:
@@ -150,6 +160,26 @@ class PatchedLayer:
             return None
         return self.adapter.fused_branch(hidden_states, residual=branch == "residual_adapter")
 
+    def tiles(self, branch: Branch, hidden_states: torch.Tensor) -> list[Tile]:
+        """The rows at a time for which :meth:`rows` is to be called; one tile where :meth:`run` is."""
+        rows = self.stack.config.tile
+        if rows == "off":
+            return WHOLE
+        if branch == "layer" and not (self.stack.in_turn and self._instance_forward is None):
+            return WHOLE  # its blocks are not all that it does
+        return cut(hidden_states.shape, auto_rows(hidden_states.device) if rows == "auto" else rows)
+
+    def pieces(self, branch: Branch, kwargs: dict[str, Any], seeds: Seeds) -> AttentionInPieces | None:
+        """The attention block in pieces, where that is wanted, and the layer's family says how and for this call."""
+        family = self.spec.attention_pieces
+        if self.stack.config.attention != "pieces" or family is None or not self.mixes(branch):
+            return None
+        return AttentionInPieces(family, self.module, kwargs, seeds) if family.suits(self.module, kwargs) else None
+
+    def mixes(self, branch: Branch) -> bool:
+        """Whether the branch begins with a part that no tile can compute for itself."""
+        return branch in ("layer", "attention")
+
     def run(
         self, branch: Branch, hidden_states: torch.Tensor, kwargs: dict[str, Any]
     ) -> tuple[torch.Tensor, tuple[Any, ...] | None]:
@@ -159,22 +189,35 @@ class PatchedLayer:
             Its hidden states, and what else the layer returns if this branch is what makes it (attention weights, T5's
             position biases): None where that is hidden states alone, and not a tuple with nothing else in it.
         """
+        if branch == "layer":
+            self._refuse_bypass()
+            return _split(self._call(self.original, hidden_states, kwargs))
+        extras: tuple[Any, ...] | None = None
+        if self.mixes(branch):
+            hidden_states, extras = self.mix(hidden_states, kwargs)
+        return self.rows(branch, hidden_states, kwargs), extras
+
+    def mix(self, hidden_states: torch.Tensor, kwargs: dict[str, Any]) -> tuple[torch.Tensor, tuple[Any, ...] | None]:
+        """What the branch begins with: the layer's attention block; and what else the layer returns."""
+        self._refuse_bypass()
+        return _split(self._call(self.spec.attention_block, hidden_states, kwargs))
+
+    def rows(self, branch: Branch, hidden_states: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:
+        """The rest of the branch, which computes every row for itself."""
+        self._refuse_bypass()
+        if branch in ("layer", "mlp"):
+            return self._call(self.spec.mlp_block, hidden_states, kwargs)
+        if self.adapter is None:
+            return hidden_states if branch != "adapter" else torch.zeros_like(hidden_states)
+        adapted = self.adapter(hidden_states)
+        return adapted if branch == "adapter" else hidden_states + adapted
+
+    def _refuse_bypass(self) -> None:
         if self.stack.bypassed:
             raise ReversibleUsageError(
                 f"backward through {self.name} under disable_adapter, of a forward that had the adapters: leave the "
                 "with block first"
             )
-        extras: tuple[Any, ...] | None = None
-        if branch == "layer":
-            return _split(self._call(self.original, hidden_states, kwargs))
-        if branch == "mlp":
-            return self._call(self.spec.mlp_block, hidden_states, kwargs), None
-        if branch == "attention":
-            hidden_states, extras = _split(self._call(self.spec.attention_block, hidden_states, kwargs))
-        if self.adapter is None:
-            return (hidden_states if branch != "adapter" else torch.zeros_like(hidden_states)), extras
-        adapted = self.adapter(hidden_states)
-        return (adapted if branch == "adapter" else hidden_states + adapted), extras
 
     def _call(self, function: Callable[..., Any], hidden_states: torch.Tensor, kwargs: dict[str, Any]) -> Any:
         """A piece of the pretrained layer, compiled if that was asked for.

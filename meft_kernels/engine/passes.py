@@ -9,12 +9,14 @@ from typing import Any, Protocol
 
 import torch
 
+from ..config import MeftConfig
 from ..errors import ReversibleUsageError
 from ..notices import warn_once
 from .arguments import caches_in, differentiable, without_cache
 from .arithmetic import Arithmetic
 from .layer import PatchedLayer
 from .refusals import refuse_checkpointing, refuse_filled_cache
+from .remainders import HostMemory
 from .replay import draw_seed
 from .reversible import Enter, Exit, Reversible
 from .step import Step
@@ -31,10 +33,12 @@ class Stack(Protocol):
     first: int
     layers: list[PatchedLayer]
     layerdrop: bool
+    config: MeftConfig
     plan: Plan
     arithmetic: Arithmetic | None
     observer: Observer | None
     counts: Counts
+    host: HostMemory | None
 
     @property
     def reversible_end(self) -> int:
@@ -167,6 +171,8 @@ class Passes:
             seed=draw_seed() if torch.is_grad_enabled() or self._trains_anywhere() else None,
             observer=self._stack.observer,
             counts=self._stack.counts,
+            host=self._stack.host,
+            inplace_gradients=self._stack.config.inplace_gradients,
         )
         if torch.is_grad_enabled():
             self._stack.counts.last_tokens = hidden_states.shape[:-1].numel()

@@ -39,13 +39,15 @@ class Exit(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, other: torch.Tensor, main: torch.Tensor, tape: Tape) -> torch.Tensor:
-        ctx.weights = tape.readout
+        ctx.weights, ctx.handed_down = tape.readout, tape.handed_down
         return tape.read_out()
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
         w1, w2 = ctx.weights
-        return gradient * w1, gradient * w2, None
+        made = gradient * w1, gradient * w2
+        ctx.handed_down.give(*made)
+        return *made, None
 
 
 class Reversible(torch.autograd.Function):
@@ -68,6 +70,10 @@ class Reversible(torch.autograd.Function):
     def backward(
         ctx: Any, d_other: torch.Tensor, d_main: torch.Tensor, *d_extras: torch.Tensor
     ) -> tuple[torch.Tensor | None, ...]:
+        handed_down = ctx.step.tape.handed_down
+        owned = handed_down.owns(d_other), handed_down.owns(d_main)
         wants_input = any(ctx.needs_input_grad[1:3])
-        d_other_in, d_main_in, gradients = ctx.step.backward(d_other, d_main, d_extras, wants_input=wants_input)
+        d_other_in, d_main_in, gradients = ctx.step.backward(
+            d_other, d_main, d_extras, owned=owned, wants_input=wants_input
+        )
         return None, d_other_in, d_main_in, *gradients

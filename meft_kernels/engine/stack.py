@@ -25,6 +25,7 @@ from .calibration import MAX_CALIBRATED_BITS, Probe
 from .layer import PatchedLayer
 from .passes import Passes
 from .refusals import asked_for, refuse_outputs, refuse_replica
+from .remainders import HostMemory
 from .replay import seeded
 from .tape import Counts, Observer, Tape
 from .variants import make_plan
@@ -40,6 +41,8 @@ class ReversibleStack:
         self.spec = target.spec
         self._family, self._kind = target.family, target.kind
         self.hidden_size = target.hidden_size
+        self.in_turn = target.in_turn
+        """Whether a layer is its attention block and then its MLP block."""
         self.layerdrop = target.layerdrop
         """Whether the owner leaves out layers at random in training."""
         self.config = config
@@ -53,6 +56,8 @@ class ReversibleStack:
         """Whether calls go to the pretrained layers as they were, adapters left out."""
         self.observer: Observer | None = None
         self.counts = Counts()
+        self.host = HostMemory() if config.remainders == "host" else None
+        """Where remainders wait between forward and backward, None for the device itself."""
         self.max_bits = MAX_CALIBRATED_BITS
         """Calibration goes no finer; lowered when streams overflowed what it had chosen."""
         self.passes = Passes(self)

@@ -11,7 +11,10 @@ import torch
 from .. import ops
 from ..errors import NonFiniteError, NotRepeatableError, StreamOverflowError
 from .arithmetic import Arithmetic
+from .gradients import HandedDown
+from .remainders import HostMemory, Remainders
 from .replay import AutocastState
+from .tiles import auto_rows, cut
 
 
 class Observer(Protocol):
@@ -60,6 +63,12 @@ class Tape:
     """For every lane moved so far: where, and the status that the coupling reported."""
     comparisons: list[tuple[str, torch.Tensor, torch.Tensor]] = field(default_factory=list)
     """For every lane undone so far: where, the rebuilt stream's checksum, and the forward's."""
+    host: HostMemory | None = None
+    """Where remainders wait, None for the device itself."""
+    latest: Remainders | None = None
+    """Of the lane moved last, which backward undoes first."""
+    handed_down: HandedDown = field(default_factory=HandedDown)
+    """Gradients on their way from one layer's backward to the next one's."""
     first_recorded: int | None = None
     """Position of the lowest layer that backward will reach."""
     _check_queued: bool = False
@@ -74,6 +83,8 @@ class Tape:
         seed: int | None,
         observer: Observer | None,
         counts: Counts,
+        host: HostMemory | None = None,
+        inplace_gradients: bool = True,
     ) -> Tape:
         """Both streams set to the hidden states that enter the stack."""
         with torch.no_grad():
@@ -90,6 +101,8 @@ class Tape:
                 (checksum, checksum),
                 observer=observer,
                 counts=counts,
+                host=host,
+                handed_down=HandedDown(enabled=inplace_gradients),
             )
         tape.statuses.append(("the hidden states that enter the reversible layers", status))
         return tape
@@ -106,8 +119,11 @@ class Tape:
             if len(weights) == 1:
                 return self.arithmetic.value(weights[0][1], self.dtype)
             (w1, x1), (w2, x2) = weights
-            mixed = self.arithmetic.value(x1, wide).mul_(w1).add_(self.arithmetic.value(x2, wide), alpha=w2)
-            return mixed.to(self.dtype)
+            out = torch.empty_like(x1, dtype=self.dtype)
+            for tile in cut(x1.shape, auto_rows(x1.device)):  # two wide copies of a few rows, not of all
+                mixed = self.arithmetic.value(tile.of(x1), wide).mul_(w1)
+                tile.of(out).copy_(mixed.add_(self.arithmetic.value(tile.of(x2), wide), alpha=w2))
+            return out
 
     def check_forward(self) -> None:
         """Raise if any stream overflowed or met a NaN: one transfer from the device for the whole stack.
@@ -132,6 +148,7 @@ class Tape:
     def finish(self) -> None:
         """Drop the streams: the loss may live on, and with it the graph that holds this tape."""
         self.x1 = self.x2 = self.x1.new_empty(0)
+        self.latest = None
 
     def check_after_backward(self) -> None:
         """Have :meth:`check_rebuilt` called at the end of the backward now running, however far down it goes."""

@@ -1,0 +1,412 @@
+"""One lane of one layer in one forward pass: moved forward, and undone again in backward.
+
+A lane's branch is computed in one go, or its position-wise part tile by tile: what is as wide as the FFN then exists
+for one tile. Forward and recompute cut the same tiles, for a matrix product over other rows may round otherwise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+
+from ..adapters import FusedBranch
+from ..ops import Coupled
+from .call import Call, Gradients, edge_of, entering, leaf_of
+from .extras import Extras
+from .pieces import AttentionInPieces
+from .remainders import Remainders
+from .replay import draw_seed, no_leaf, seeded
+from .tiles import WHOLE, Tile, joined
+from .variants import Lane
+
+_WHOLE, _ROWS = 0, 1
+"""Kinds of parts of a lane, each of which draws random numbers of its own; ``pieces`` has two more."""
+
+
+class Undoing(NamedTuple):
+    """What a lane's inverse starts from."""
+
+    y: torch.Tensor
+    """The stream to be rebuilt, in place."""
+    center: torch.Tensor
+    """The other stream, which the branch reads."""
+    dy: torch.Tensor
+    """Gradient of ``y``."""
+    d_center: torch.Tensor
+    """Gradient of ``center`` so far; ours to write to."""
+    d_extras: tuple[torch.Tensor, ...]
+    """Gradients of the extras that need one."""
+    wants_center: bool
+    """Whether the gradient of ``center`` is wanted at all."""
+
+
+class LanePass:
+    """See above. ``checksum`` is that of the stream which the inverse must give back."""
+
+    def __init__(self, call: Call, lane: Lane) -> None:
+        self.call = call
+        self.lane = lane
+        self.checksum: torch.Tensor = call.tape.checksums[0]
+        self.remainders = Remainders(call.tape.host, call.tape.latest)
+        call.tape.latest = self.remainders
+        self.tiles = WHOLE
+
+    @property
+    def is_identity(self) -> bool:
+        """Whether the lane only hands its stream on: no adapter in it, and coefficient 1."""
+        return not self.call.layer.has(self.lane.branch) and self.lane.coefficient == 1
+
+    @property
+    def reads_by_tile(self) -> bool:
+        """Whether the recompute makes what it needs of the center's value tile by tile, after a forward."""
+        return len(self.tiles) > 1 and self._pieces() is not None
+
+    @property
+    def where(self) -> str:
+        return f"{self.lane.name} ({self.lane.branch.replace('_', ' ')}) of {self.call.layer.name}"
+
+    def seed(self, kind: int = _WHOLE, number: int = 0) -> int | None:
+        """Of a part of the branch. Layers and lanes lie closer together than parts do: 2^40 apart, 2^22 of them."""
+        base = self.call.tape.seed
+        if base is None:
+            return None
+        return base + 2 * self.call.layer.index + (self.lane.name == "G") + (kind << 60) + (number << 40)
+
+    # ------------------------------------------------------------------ the branch and its parts
+
+    def _branch(self, x: torch.Tensor) -> tuple[torch.Tensor, tuple[Any, ...] | None]:
+        call = self.call
+        return call.watched(lambda x: call.layer.run(self.lane.branch, x, call.kwargs), x, self.seed(), self.where)
+
+    def _mixed(self, x: torch.Tensor) -> tuple[torch.Tensor, tuple[Any, ...] | None]:
+        """What the tiles start from, and what else the layer returns."""
+        call = self.call
+        if not call.layer.mixes(self.lane.branch):
+            return x, None
+        return call.watched(lambda x: call.layer.mix(x, call.kwargs), x, self.seed(), self.where)
+
+    def _rows(
+        self,
+        number: int,
+        x: torch.Tensor,
+        pieces: AttentionInPieces | None = None,
+        attended: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """The rest of the branch, of one tile; with attention in pieces, from what attention gave."""
+        call = self.call
+
+        def rows(x: torch.Tensor) -> torch.Tensor:
+            if pieces is not None and attended is not None:
+                x = pieces.output(self.tiles[number], x, attended)
+            return call.layer.rows(self.lane.branch, x, call.kwargs)
+
+        return call.watched(rows, x, self.seed(_ROWS, number), self.where)
+
+    def _fused(self, hidden_states: torch.Tensor) -> FusedBranch | None:
+        """The branch for a kernel that couples as well, with the random numbers that ``_branch`` would draw."""
+        arithmetic = self.call.tape.arithmetic
+        branch = self.call.layer.fused(self.lane.branch, hidden_states) if arithmetic.fuses else None
+        if branch is not None and branch.dropout:
+            with seeded(self.seed(), hidden_states.device):
+                branch = branch._replace(seed=draw_seed())
+        return branch
+
+    def _pieces(self) -> AttentionInPieces | None:
+        return self.call.layer.pieces(self.lane.branch, self.call.kwargs, self.seed)
+
+    # ------------------------------------------------------------------ forward
+
+    def move(
+        self,
+        a: torch.Tensor,
+        center: torch.Tensor,
+        center_value: torch.Tensor,
+        *,
+        recording: bool,
+        wants_value: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Move ``a`` past the lane, in place.
+
+        Returns:
+            Its new checksum, and its value if that is wanted.
+        """
+        tape, lane = self.call.tape, self.lane
+        value_dtype = tape.dtype if wants_value else None
+        fused = self._fused(center_value)
+        if fused is not None:
+            coupled = tape.arithmetic.couple_adapter(
+                a, fused, lane.coefficient, center if lane.centered else None, value_dtype
+            )
+            return self._note([coupled]), coupled.value
+        self.tiles = self.call.layer.tiles(lane.branch, center_value)
+        one = len(self.tiles) == 1
+        value = torch.empty_like(a, dtype=value_dtype) if value_dtype is not None and not one else None
+        done = []
+        for tile, branch in self._outputs(center_value, recording):
+            coupled = self._couple(tile, a, branch, center, value_dtype, inplace=True)
+            if one:
+                value = coupled.value
+            elif value is not None and coupled.value is not None:
+                tile.of(value).copy_(coupled.value)
+            done.append(coupled._replace(value=None))
+            del branch, coupled
+        return self._note(done), value
+
+    def _outputs(self, center_value: torch.Tensor, recording: bool) -> Iterator[tuple[Tile, torch.Tensor]]:
+        """What the branch gives, tile by tile.
+
+        With ``recording`` it runs with grad enabled although its graph is dropped at once: kernels may be chosen by it,
+        and the recompute in backward needs it.
+        """
+        if len(self.tiles) == 1:
+            with torch.set_grad_enabled(recording):
+                branch, extras = self._branch(entering(center_value, recording))
+            self._keep(extras)
+            yield self.tiles[0], branch.detach()
+            return
+        pieces = self._pieces()
+        if pieces is not None:
+            attended = pieces.attend(self.tiles, lambda tile: tile.of(center_value), recording=recording)
+        else:
+            with torch.set_grad_enabled(recording):
+                mixed, extras = self._mixed(entering(center_value, recording))
+            self._keep(extras)
+            mixed = mixed.detach()
+            del extras
+        for number, tile in enumerate(self.tiles):
+            with torch.set_grad_enabled(recording):
+                x = entering(tile.of(center_value if pieces else mixed), recording)
+                context = entering(attended.of(tile), recording) if pieces else None
+                out = self._rows(number, x, pieces, context).detach()
+            del x, context
+            yield tile, out
+            del out
+
+    def _keep(self, extras: tuple[Any, ...] | None) -> None:
+        if extras is not None:
+            self.call.extras = Extras.of(extras)
+
+    def _couple(
+        self,
+        tile: Tile,
+        a: torch.Tensor,
+        branch: torch.Tensor,
+        center: torch.Tensor,
+        value_dtype: torch.dtype | None,
+        *,
+        inplace: bool,
+    ) -> Coupled:
+        return self.call.tape.arithmetic.couple(
+            tile.of(a),
+            branch,
+            self.lane.coefficient,
+            tile.of(center) if self.lane.centered else None,
+            value_dtype,
+            inplace,
+        )
+
+    def _note(self, coupled: list[Coupled]) -> torch.Tensor:
+        """Keep what the inverse needs, and return the sum of the checksums."""
+        for each in coupled:
+            self.remainders.put(each.remainder)
+        if len(coupled) == 1:
+            status, checksum = coupled[0].status, coupled[0].checksum
+        else:
+            # NON_FINITE comes with OVERFLOW or where there is no other: the greatest status has all that matters.
+            status = torch.stack([each.status for each in coupled]).amax()
+            checksum = torch.stack([each.checksum for each in coupled]).sum()
+        self.call.tape.statuses.append((self.where, status))
+        return checksum
+
+    def move_with_graph(
+        self, a: torch.Tensor, center: torch.Tensor, center_carrier: torch.Tensor
+    ) -> tuple[Coupled, torch.Tensor, tuple[Any, ...] | None]:
+        """The same numbers under plain autograd, which keeps every activation; streams are not written to.
+
+        Returns:
+            What the lane made, the branch with its graph, and what else the layer returned.
+        """
+        lane, tape = self.lane, self.call.tape
+        self.tiles = self.call.layer.tiles(lane.branch, center_carrier)
+        if len(self.tiles) == 1:
+            branch, extras = self._branch(center_carrier)
+        else:
+            extras = None
+            pieces = self._pieces()
+            if pieces is not None:
+                attended = pieces.attend_with_graph(self.tiles, center_carrier)
+                parts = [
+                    self._rows(number, tile.of(center_carrier), pieces, attended.of(tile))
+                    for number, tile in enumerate(self.tiles)
+                ]
+            else:
+                mixed, extras = self._mixed(center_carrier)
+                parts = [self._rows(number, tile.of(mixed)) for number, tile in enumerate(self.tiles)]
+            branch = joined(parts, center_carrier.shape)
+        with torch.no_grad():
+            coupled = self._couple(Tile(), a, branch.detach(), center, tape.dtype, inplace=False)
+        self.call.tape.statuses.append((self.where, coupled.status))
+        return coupled, branch, extras
+
+    # ------------------------------------------------------------------ backward
+
+    def undo(
+        self, given: Undoing, center_value: torch.Tensor | None, gradients: Gradients, *, wants_value: bool
+    ) -> torch.Tensor | None:
+        """Rebuild the lane's stream in place; adds to ``given.d_center`` and to ``gradients``.
+
+        Args:
+            center_value: value of the center, if somebody has made it already.
+            wants_value: whether the value of the rebuilt stream is wanted.
+        """
+        tape, lane = self.call.tape, self.lane
+        if len(self.tiles) > 1 and (pieces := self._pieces()) is not None:
+            checksum = self._undo_pieces(given, pieces, gradients)
+        else:
+            if center_value is None:
+                center_value = tape.arithmetic.value(given.center, tape.dtype)
+            with tape.autocast.restored():
+                fused = self._fused(center_value)
+            if fused is not None:
+                undone = tape.arithmetic.uncouple_adapter(
+                    given.y,
+                    given.dy,
+                    fused,
+                    lane.coefficient,
+                    self.remainders.take(0),
+                    given.center if lane.centered else None,
+                    tape.dtype if wants_value else None,
+                    given.d_center,
+                )
+                self.call.collect(zip(fused.weights, undone.gradients, strict=True), gradients)
+                if lane.centered:
+                    given.d_center.sub_(given.dy * lane.coefficient)
+                tape.comparisons.append((self.where, undone.checksum, self.checksum))
+                return undone.value
+            undo = self._undo_whole if len(self.tiles) == 1 else self._undo_tiles
+            checksum = undo(given, center_value, gradients)
+        tape.comparisons.append((self.where, checksum, self.checksum))
+        # Only after the branch's backward, so that no more is held meanwhile.
+        return tape.arithmetic.value(given.y, tape.dtype) if wants_value else None
+
+    def _uncouple(self, number: int, tile: Tile, given: Undoing, branch: torch.Tensor) -> torch.Tensor:
+        """Rebuild one tile of the stream; its checksum."""
+        lane = self.lane
+        return self.call.tape.arithmetic.uncouple(
+            tile.of(given.y),
+            branch,
+            lane.coefficient,
+            self.remainders.take(number),
+            tile.of(given.center) if lane.centered else None,
+            None,
+        ).checksum
+
+    def _add(self, tile: Tile, given: Undoing, dx: torch.Tensor | None) -> None:
+        """What comes through the branch and, of a centered lane, beside it, in this order."""
+        target = tile.of(given.d_center)
+        if dx is not None:
+            target.add_(dx)
+        if self.lane.centered:
+            target.sub_(tile.of(given.dy) * self.lane.coefficient)
+
+    def _undo_whole(self, given: Undoing, center_value: torch.Tensor, gradients: Gradients) -> torch.Tensor:
+        call = self.call
+        with call.again():
+            leaf = leaf_of(center_value)
+            branch, extras = self._branch(no_leaf(leaf))
+        outputs = [branch] if extras is None else [branch, *call.extras.again(extras)]
+        edges = [edge_of(output) for output in outputs]
+        # A branch's backward may write into what it is given (Liger's norms do), and into what the branch gave.
+        incoming = [given.dy.to(branch.dtype, copy=True), *(given.d_extras if len(edges) > 1 else ())]
+        checksum = self._uncouple(0, self.tiles[0], given, branch.detach())
+        del branch, outputs, extras
+        leaves = [leaf] if given.wants_center else []
+        found = call.differentiate(edges, incoming, leaves, gradients)
+        del leaf, edges, incoming, leaves
+        if given.wants_center:
+            self._add(self.tiles[0], given, found[0])
+        return checksum
+
+    def _undo_tiles(self, given: Undoing, center_value: torch.Tensor, gradients: Gradients) -> torch.Tensor:
+        call = self.call
+        mixes = call.layer.mixes(self.lane.branch)
+        mixed, edges, leaf = center_value, [], center_value
+        if mixes:
+            with call.again():
+                leaf = leaf_of(center_value)
+                mixed, extras = self._mixed(no_leaf(leaf))
+            outputs = [mixed] if extras is None else [mixed, *call.extras.again(extras)]
+            edges = [edge_of(output) for output in outputs]
+            # A copy, into which gradients will be written: the graph may hold what it gave.
+            mixed = mixed.detach().clone()
+            del outputs, extras
+        del center_value
+        checksums = []
+        for number, tile in enumerate(self.tiles):
+            with call.again():
+                x = leaf_of(tile.of(mixed))
+                out = self._rows(number, no_leaf(x))
+            checksums.append(self._uncouple(number, tile, given, out.detach()))
+            incoming = tile.of(given.dy).to(out.dtype, copy=True)
+            edge = edge_of(out)
+            del out
+            wanted = [x] if mixes or given.wants_center else []
+            found = call.differentiate([edge], [incoming], wanted, gradients)
+            del edge, incoming, wanted
+            if mixes:
+                dx = found[0]
+                x.data.zero_() if dx is None else x.data.copy_(dx)  # over this tile of ``mixed``, which is done with
+                del dx
+            elif given.wants_center:
+                self._add(tile, given, found[0])
+            del x, found
+        if mixes:
+            incoming_of_all = [mixed, *(given.d_extras if len(edges) > 1 else ())]
+            del mixed
+            found = call.differentiate(edges, incoming_of_all, [leaf] if given.wants_center else [], gradients)
+            del incoming_of_all, edges, leaf
+            if given.wants_center:
+                dx = found[0]
+                for tile in self.tiles:
+                    self._add(tile, given, None if dx is None else tile.of(dx))
+        return torch.stack(checksums).sum()
+
+    def _undo_pieces(self, given: Undoing, pieces: AttentionInPieces, gradients: Gradients) -> torch.Tensor:
+        call, tape = self.call, self.call.tape
+
+        def read(tile: Tile) -> torch.Tensor:
+            return tape.arithmetic.value(tile.of(given.center), tape.dtype)
+
+        with call.again():
+            attended = pieces.attend(self.tiles, read, recording=True, keeping=True)
+        checksums = []
+        for number, tile in enumerate(self.tiles):
+            with call.again():
+                x, context = leaf_of(read(tile)), leaf_of(attended.of(tile))
+                out = self._rows(number, no_leaf(x), pieces, no_leaf(context))
+            checksums.append(self._uncouple(number, tile, given, out.detach()))
+            incoming = tile.of(given.dy).to(out.dtype, copy=True)
+            edge = edge_of(out)
+            del out
+            wanted = [context, x] if given.wants_center else [context]
+            d_context, *dx = call.differentiate([edge], [incoming], wanted, gradients)
+            del edge, incoming, wanted, x, context
+            attended.write_gradient(tile, d_context)
+            if given.wants_center and dx[0] is not None:
+                tile.of(given.d_center).add_(dx[0])
+            del d_context, dx
+        attended.backward()
+        for number, tile in enumerate(self.tiles):
+            with call.again():
+                x = leaf_of(read(tile))
+                made = pieces.project(number, tile, no_leaf(x))
+            edges = [edge_of(part) for part in made]
+            del made
+            found = call.differentiate(edges, attended.gradients_of(tile), [x] if given.wants_center else [], gradients)
+            del edges, x
+            if given.wants_center:
+                self._add(tile, given, found[0])
+            del found
+        return torch.stack(checksums).sum()
