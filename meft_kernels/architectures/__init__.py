@@ -3,8 +3,9 @@
 import importlib
 import pkgutil
 
+from .attention import AttentionPieces
 from .registry import find_architecture, register_architecture, supported_model_types
-from .spec import ArchitectureSpec, AttentionPieces, LayerSpec
+from .spec import ArchitectureSpec, LayerSpec
 
 for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from .attention import AttentionPieces
+
 if TYPE_CHECKING:
     from ..config import MeftConfig
 
@@ -36,31 +38,6 @@ def _no_dropout(config: Any) -> float:
 
 def _no_objection(config: Any, settings: MeftConfig) -> str | None:
     return None
-
-
-@dataclass(frozen=True, kw_only=True)
-class AttentionPieces:
-    """An attention block as three functions, of which the first and the last compute every token for itself.
-
-    ``output(layer, x, attend(layer, *project(layer, x)))`` is the attention block bit for bit. ``kwargs`` are the layer
-    call's own, by name.
-    """
-
-    project: Callable[..., tuple[Any, Any, Any]]
-    """``(layer, hidden_states, **kwargs) -> (queries, keys, values)``, each ``[batch, heads, tokens, D]``, from the
-    layer's input, its norm and rotary embeddings included."""
-
-    attend: Callable[..., Any]
-    """``(layer, queries, keys, values, **kwargs) -> [batch, tokens, heads, D]``, of any heads that belong together."""
-
-    output: Callable[..., Any]
-    """``(layer, hidden_states, attended, **kwargs) -> hidden_states`` after the block, its residual included."""
-
-    by_position: tuple[str, ...] = ("position_embeddings",)
-    """Arguments, tensors or tuples of them, ``[batch or 1, tokens, ...]``, of which a tile needs its own part."""
-
-    suits: Callable[[Any, dict[str, Any]], bool]
-    """``(layer, kwargs) -> bool``: whether this call of this layer does what the pieces do."""
 
 
 @dataclass(frozen=True, kw_only=True)

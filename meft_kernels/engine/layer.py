@@ -19,7 +19,7 @@ from ..notices import warn_once
 from .arguments import caches_in, without_cache
 from .compiling import compiled_for, why_not_compiled
 from .norms import lean_norms
-from .pieces import AttentionInPieces, Seeds
+from .pieces import AttentionInPieces, Seeds, why_whole
 from .tiles import WHOLE, Tile, auto_rows, cut
 from .variants import Branch, Plan
 
@@ -174,7 +174,15 @@ class PatchedLayer:
         family = self.spec.attention_pieces
         if self.stack.config.attention != "pieces" or family is None or not self.mixes(branch):
             return None
-        return AttentionInPieces(family, self.module, kwargs, seeds) if family.suits(self.module, kwargs) else None
+        if caches_in(kwargs) and not (self.module.training and torch.is_grad_enabled()):
+            return None  # it is to be filled; in training nobody reads it
+        call = without_cache(kwargs)
+        if not family.applies(self.module, call):
+            return None
+        if (reason := why_whole(family, self.module, call)) is not None:
+            warn_once(logger, f"meft_kernels: attention of {self.stack.name} runs whole: {reason}")
+            return None
+        return AttentionInPieces(family, self.module, call, seeds)
 
     def mixes(self, branch: Branch) -> bool:
         """Whether the branch begins with a part that no tile can compute for itself."""

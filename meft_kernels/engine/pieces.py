@@ -35,6 +35,20 @@ class Seeds(Protocol):
     def __call__(self, kind: int, number: int) -> int | None: ...
 
 
+def why_whole(family: AttentionPieces, layer: Any, kwargs: dict[str, Any]) -> str | None:
+    """What would be lost if this call's attention ran in pieces, or None."""
+    if kwargs.get("output_attentions"):
+        return "attention weights are asked for"
+    for module in family.replaces(layer):
+        name = type(module).__name__
+        if "forward" in vars(module) or not type(module).forward.__module__.startswith("transformers."):
+            return f"the forward of {name} was replaced"
+        hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+        if any(hooks):
+            return f"hooks are registered on {name}"
+    return None
+
+
 class AttentionInPieces:
     """The pieces of one layer's call."""
 
