@@ -18,7 +18,6 @@ from ..errors import ReversibleUsageError
 from ..notices import warn_once
 from .arguments import caches_in, without_cache
 from .compiling import compiled_for, why_not_compiled
-from .norms import lean_norms
 from .pieces import AttentionInPieces, Seeds, why_whole
 from .tiles import WHOLE, Tile, auto_rows, cut
 from .variants import Branch, Plan
@@ -66,8 +65,6 @@ class PatchedLayer:
         self.adapter = adapter
         self.tap = tap
         self._instance_forward = vars(module).get("forward")  # another library's, bound before ours
-        rows = stack.config.tile
-        self._norms = lean_norms(module, rows if isinstance(rows, int) else None) if stack.config.lean_norms else []
         # The class's own names: an instance's forward may be somebody's `(*args, **kwargs)`.
         self._parameters = [
             parameter.name
@@ -91,8 +88,6 @@ class PatchedLayer:
     def bind(self) -> None:
         """Put this object in the place of the layer's ``forward``."""
         self.module.forward = self
-        for norm in self._norms:
-            norm.bind()
 
     @property
     def is_bound(self) -> bool:
@@ -100,9 +95,7 @@ class PatchedLayer:
         return vars(self.module).get("forward") is self
 
     def unbind(self) -> None:
-        """Give the layer its own ``forward`` back, and its norms theirs."""
-        for norm in self._norms:
-            norm.unbind()
+        """Give the layer its own ``forward`` back."""
         if self._instance_forward is None:
             del self.module.forward
         else:

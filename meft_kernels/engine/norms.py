@@ -93,9 +93,17 @@ class LeanNorm:
         return type(self.module).forward(self.module, *args, **kwargs)
 
 
-def lean_norms(layer: nn.Module, rows: int | None) -> list[LeanNorm]:
-    """For every norm in the layer that transformers writes in plain torch; none is bound yet."""
-    return [LeanNorm(module, rows) for module in modules_of(layer) if _is_plain(module)]
+def lean_norms(model: nn.Module, rows: int | None) -> list[LeanNorm]:
+    """For every norm in the model that transformers writes in plain torch, the last one above the layers among them.
+
+    Args:
+        model: whose norms.
+        rows: how many at a time; None: as many as a tile has.
+
+    Returns:
+        One for each, none of which is bound yet.
+    """
+    return [LeanNorm(module, rows) for module in modules_of(model) if _is_plain(module)]
 
 
 def _is_plain(module: nn.Module) -> bool:

@@ -151,6 +151,10 @@ class Attended:
         """Take up one more group; its graph too, where its inputs are given."""
         if parts is not None:
             self._graphs.append((get_gradient_edge(out), parts))
+            # A copy that attention's graph does not hold: what it gave in another order of memory. Gradients are
+            # written over it, tile by tile as it has been read; anywhere else they need memory of their own.
+            is_copy = type(out.grad_fn).__name__ == "CloneBackward0"
+            self._gradients.append(out.detach() if is_copy else torch.zeros_like(out))
         self.outputs.append(out.detach())
 
     def of(self, tile: Tile) -> torch.Tensor:
@@ -158,13 +162,11 @@ class Attended:
         return torch.cat([tile.of(out) for out in self.outputs], dim=2)
 
     def write_gradient(self, tile: Tile, gradient: torch.Tensor | None) -> None:
-        """Take up the gradient of :meth:`of`."""
-        if not self._gradients:
-            self._gradients = [torch.zeros_like(out) for out in self.outputs]
-        if gradient is not None:
-            heads = [out.shape[2] for out in self.outputs]
-            for whole, part in zip(self._gradients, gradient.split(heads, dim=2), strict=True):
-                tile.of(whole).copy_(part)
+        """Take up the gradient of :meth:`of`, which is not to be called for the tile again."""
+        heads = [out.shape[2] for out in self.outputs]
+        parts = [None] * len(heads) if gradient is None else gradient.split(heads, dim=2)
+        for whole, part in zip(self._gradients, parts, strict=True):
+            tile.of(whole).zero_() if part is None else tile.of(whole).copy_(part)
 
     def backward(self) -> None:
         """Turn the gradients of what attention gave into those of queries, keys and values, written over them."""

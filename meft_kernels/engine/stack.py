@@ -23,6 +23,7 @@ from .arguments import caches_in
 from .arithmetic import Arithmetic
 from .calibration import MAX_CALIBRATED_BITS, Probe
 from .layer import PatchedLayer
+from .norms import lean_norms
 from .passes import Passes
 from .refusals import asked_for, refuse_outputs, refuse_replica
 from .remainders import HostMemory
@@ -62,6 +63,10 @@ class ReversibleStack:
         """Calibration goes no finer; lowered when streams overflowed what it had chosen."""
         self.passes = Passes(self)
         self.arithmetic = self.given_arithmetic(config)
+        rows = config.tile if isinstance(config.tile, int) else None
+        self._norms = lean_norms(self.owner, rows) if config.lean_norms else []
+        for norm in self._norms:
+            norm.bind()
         self._handles = [
             self.owner.register_forward_pre_hook(self._before_forward, with_kwargs=True),
             self.owner.register_forward_hook(self._after_forward, always_call=True),
@@ -95,11 +100,14 @@ class ReversibleStack:
             layer.unbind()
             if layer.tap is not None:
                 layer.tap.remove()
+        for norm in self._norms:
+            norm.unbind()
         for handle in self._handles:
             handle.remove()
         # Break the cycles, so that `del model` frees its memory at once.
         self.layers.clear()
         self._handles.clear()
+        self._norms.clear()
 
     @staticmethod
     def given_arithmetic(config: MeftConfig) -> Arithmetic | None:
