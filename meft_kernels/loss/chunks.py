@@ -9,10 +9,9 @@ from typing import Any, Literal
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.autograd.function import once_differentiable
 from torch.autograd.graph import get_gradient_edge
 
-from .head_call import HeadCall
+from .head_call import HeadCall, refuse_second_order
 
 Reduction = Literal["mean", "sum", "none"]
 
@@ -149,7 +148,10 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         found: list[torch.Tensor | None] = [None] * len(needed)
         if needed[0]:
             found[0] = torch.empty_like(hidden) if chosen is None else torch.zeros_like(hidden)
-        for start in range(0, len(labels) if chosen is None else len(chosen), rows):
+        todo = len(labels) if chosen is None else len(chosen)
+        if not todo:
+            found[1:] = [torch.zeros_like(p) if need else None for p, need in zip(parameters, needed[1:], strict=True)]
+        for start in range(0, todo, rows):
             part: Any = slice(start, start + rows)
             if chosen is not None:
                 part = chosen[part]
@@ -173,9 +175,9 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         return (total / count if ctx.mean else total).to(dtype)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, d_loss: torch.Tensor) -> tuple[Any, ...]:
         """The stored gradients times that of the loss; they stay as they are, for a backward that keeps the graph."""
+        refuse_second_order()
         count, gradient, *others = ctx.saved_tensors
         scale = d_loss.to(torch.promote_types(d_loss.dtype, torch.float32))
         if ctx.mean:

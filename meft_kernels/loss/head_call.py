@@ -23,6 +23,18 @@ def version_of(tensor: torch.Tensor) -> int:
     return -1 if tensor.is_inference() else tensor._version
 
 
+def refuse_second_order() -> None:
+    """Called in backward: gradients made in forward have no graph of their own.
+
+    Raises:
+        ReversibleUsageError: one is asked for.
+    """
+    if torch.is_grad_enabled():
+        raise ReversibleUsageError(
+            'the loss in chunks has first derivatives only, and create_graph=True asks for more: take loss="full"'
+        )
+
+
 def leaves_behind(output: torch.Tensor) -> list[torch.Tensor]:
     """Every tensor that a gradient of ``output`` would end in, also those that no module holds (PEFT ties some so)."""
     found: dict[int, torch.Tensor] = {}

@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_map_only
 
 from ..errors import ReversibleUsageError
 from .chunks import ChunkedCrossEntropy, chunk_rows
-from .head_call import HeadCall
+from .head_call import HeadCall, refuse_second_order
 
 View = Callable[[torch.Tensor], torch.Tensor]
 
@@ -32,8 +32,8 @@ class _Defer(torch.autograd.Function):
         return LazyLogits._bare(cell)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[Any, ...]:
+        refuse_second_order()
         return (None, *ctx.cell.call.gradients(gradient))
 
 
@@ -45,7 +45,6 @@ class _Read(torch.autograd.Function):
         return values.detach()
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[None, torch.Tensor]:
         return None, gradient
 
