@@ -30,12 +30,12 @@ def lora_lean(model: nn.Module, budget: Budget, *, host: bool = False, tiled: bo
 
 def _rival(name: str, what: str, *, host: bool = False, tiled: bool = False) -> Rival:
     prepare = functools.partial(lora_lean, host=host, tiled=tiled)
-    return Rival(name, f"LoRA + checkpointing{what}", prepare, packages=("peft",), dashed=True)
+    return Rival(name, f"LoRA + {what}", prepare, packages=("peft",), dashed=True)
 
 
 RIVALS = (
-    _rival("lora_chunked", " + chunked loss"),
-    _rival("lora_chunked_host", ", on host + chunked loss", host=True),
-    _rival("lora_chunked_tiled", " + chunked loss + tiled MLP", tiled=True),
-    _rival("lora_chunked_tiled_host", ", on host + chunked loss + tiled MLP", host=True, tiled=True),
+    _rival("lora_chunked", "checkpointing + chunked loss"),
+    _rival("lora_chunked_tiled", "checkpointing + chunked loss + tiled MLP", tiled=True),
+    _rival("lora_chunked_host", "host checkpoints + chunked loss", host=True),
+    _rival("lora_chunked_tiled_host", "host checkpoints + chunked loss + tiled MLP", host=True, tiled=True),
 )
