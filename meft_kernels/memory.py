@@ -5,12 +5,52 @@ from __future__ import annotations
 import contextlib
 import functools
 import weakref
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
+from contextvars import ContextVar
+from typing import Any, TypeVar
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_iter
+
+T = TypeVar("T")
+
+_on_host: ContextVar[bool] = ContextVar("meft_kernels_on_host", default=False)
+_shortened: ContextVar[bool] = ContextVar("meft_kernels_shortened", default=False)
+
+
+@contextlib.contextmanager
+def host_allocation() -> Iterator[None]:
+    """Tensors allocated inside are the host's: for :class:`LiveTensorMeter`, where all tensors are on one device.
+
+    A copy that waits in host memory is made inside, pinned or not. On a CPU and in a simulation nothing else tells it
+    from what a GPU would hold.
+    """
+    token = _on_host.set(True)
+    try:
+        yield
+    finally:
+        _on_host.reset(token)
+
+
+@contextlib.contextmanager
+def shortened_tiles() -> Iterator[None]:
+    """Inside, :func:`tiles` leaves the middle of a loop out."""
+    token = _shortened.set(True)
+    try:
+        yield
+    finally:
+        _shortened.reset(token)
+
+
+def tiles(pieces: Sequence[T]) -> Sequence[T]:
+    """What a loop over equal pieces goes through: all of them, but where tensors hold no data and only bytes count.
+
+    There the first two and the last two do: the first makes what is summed up, and the last may be smaller. So it is
+    for loops whose pieces write where there is room already and leave nothing behind: every further one then allocates
+    and frees what the second does.
+    """
+    return [*pieces[:2], *pieces[-2:]] if _shortened.get() and len(pieces) > 4 else pieces
 
 
 def _storages(values: Any) -> Iterator[torch.UntypedStorage]:
@@ -26,12 +66,6 @@ def _storages(values: Any) -> Iterator[torch.UntypedStorage]:
                 yield value.untyped_storage()
             except NotImplementedError:  # sparse layouts have none
                 continue
-
-
-@contextlib.contextmanager
-def host_allocation() -> Iterator[None]:
-    """Stand-in until merged."""
-    yield
 
 
 class LiveTensorMeter(TorchDispatchMode):
@@ -51,37 +85,53 @@ class LiveTensorMeter(TorchDispatchMode):
     dispatch modes on to its device threads. Not seen: memory that no dispatched op allocates, which is the workspace
     inside a kernel, what a ``torch.compile``d graph allocates for itself, and the storage of sparse tensors.
 
+    Args:
+        device: whose memory is meant: of a GPU, say, so that pinned tensors beside it are the host's. None: every
+            device's, but for what is made in :func:`host_allocation`.
+
     Attributes:
         live_bytes: bytes alive now.
         peak_bytes: the highest ``live_bytes`` since the block began, or since :meth:`reset_peak`.
+        host_bytes: bytes alive now in host memory, which are no part of ``live_bytes``.
+        host_peak_bytes: the highest ``host_bytes``, likewise.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device | str | None = None) -> None:
         super().__init__()
-        self.live_bytes = 0
-        self.peak_bytes = 0
+        self.live_bytes = self.peak_bytes = 0
+        self.host_bytes = self.host_peak_bytes = 0
+        self._device_type = None if device is None else torch.device(device).type
         # By id of the storage's Python object: torch keeps that object as long as the storage lives, and the weakref's
-        # callback takes the entry out before the id can be used again.
-        self._entries: dict[int, tuple[weakref.ref[torch.UntypedStorage], int]] = {}
+        # callback takes the entry out before the id can be used again. With its bytes, and whether they are the host's.
+        self._entries: dict[int, tuple[weakref.ref[torch.UntypedStorage], int, bool]] = {}
 
     def reset_peak(self) -> None:
-        """Forget the peak so far."""
-        self.peak_bytes = self.live_bytes
+        """Forget the peaks so far."""
+        self.peak_bytes, self.host_peak_bytes = self.live_bytes, self.host_bytes
+
+    def _add(self, nbytes: int, *, host: bool) -> None:
+        if host:
+            self.host_bytes += nbytes
+            self.host_peak_bytes = max(self.host_peak_bytes, self.host_bytes)
+        else:
+            self.live_bytes += nbytes
+            self.peak_bytes = max(self.peak_bytes, self.live_bytes)
 
     def _set(self, storage: torch.UntypedStorage, nbytes: int) -> None:
         key = id(storage)
-        reference, before = self._entries.get(key, (None, 0))
-        if reference is None:
-            reference = weakref.ref(storage, functools.partial(self._freed, key))
-        self._entries[key] = (reference, nbytes)
-        self.live_bytes += nbytes - before
-        self.peak_bytes = max(self.peak_bytes, self.live_bytes)
+        if key in self._entries:
+            reference, before, host = self._entries[key]
+        else:
+            reference, before = weakref.ref(storage, functools.partial(self._freed, key)), 0
+            host = _on_host.get() or self._device_type not in (None, storage.device.type)
+        self._entries[key] = (reference, nbytes, host)
+        self._add(nbytes - before, host=host)
 
     def _freed(self, key: int, reference: weakref.ref[torch.UntypedStorage]) -> None:
         entry = self._entries.get(key)
         if entry is not None and entry[0] is reference:
             del self._entries[key]
-            self.live_bytes -= entry[1]
+            self._add(-entry[1], host=entry[2])
 
     def _tracked(self, storage: torch.UntypedStorage) -> bool:
         return id(storage) in self._entries

@@ -52,6 +52,9 @@ def bert(layers: int) -> Any:
         (llama(7), torch.bfloat16, "meft3"),
         (bert(7), torch.float32, "lora"),
         (bert(7), torch.bfloat16, "full"),
+        (llama(8), torch.bfloat16, "lora_chunked"),
+        (llama(7), torch.bfloat16, "lora_chunked_tiled_host"),
+        (bert(7), torch.float32, "lora_chunked_tiled"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -61,6 +64,7 @@ def test_estimates_are_what_a_whole_model_takes(config: Any, dtype: torch.dtype,
     estimator = Estimator(config, dtype, 2, RANK, gpu=False)
     step = estimator.step(RIVALS[rival], 96)
     real = measured(config, dtype, 2, 96, rival, estimator.meft)
+    assert step.host == real["host"] and (step.host > 0) == rival.endswith("host")
     assert step.kept == pytest.approx(real["kept"], rel=0.01)
     assert step.total == pytest.approx(real["total"], rel=0.01)
 
@@ -145,7 +149,7 @@ def test_a_peak_that_will_move_is_not_extrapolated() -> None:
     def simulate(config: Any) -> StepBytes:
         layers = config.num_hidden_layers
         asked.append(layers)
-        return StepBytes(0, 10 * layers, 0, layers, max(100 + layers, 10 * layers), 0)
+        return StepBytes(0, 10 * layers, 0, layers, 50 + layers, max(100 + layers, 10 * layers), 0)
 
     assert extrapolate(llama(40), simulate).peak == 400
     assert asked == [2, 4, 40]
@@ -171,6 +175,7 @@ def test_shapes() -> None:
         "opt-1.3b": 1315.8,
         "llama-3.2-1b": 1235.8,
         "llama-3.1-8b": 8030.3,
+        "llama-3.1-70b": 70553.7,
     }
     assert set(known) == set(BUILT_IN)
     for name, millions in known.items():

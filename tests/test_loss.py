@@ -20,7 +20,7 @@ from .models import VOCABULARY, relative_error
 EPS = torch.finfo(torch.float32).eps
 ROUNDING = 32 * EPS
 """Losses and gradients are the same sums over 97 words or 32 features, added up in another order: each such sum is off
-by its partial sums' rounding, sqrt(97) * eps / 2 for errors that are independent, and some six are one after another."""
+by its partial sums' rounding, sqrt(97) * eps / 2 for independent errors, and some six are one after another."""
 
 
 class Head(nn.Module):
@@ -221,7 +221,7 @@ def test_gradients_do_not_underflow_in_float16() -> None:
     model.half()
     bind_loss(model, rows=10)
     found = step(model, hidden.half(), labels, reduction="sum", scale=3e-7)[1]["input"]
-    # float16's smallest step is 6e-8, and this gradient's size 1e-6; weights, hidden states and sums are rounded as well
+    # float16's smallest step is 6e-8, this gradient's size 1e-6; weights, hidden states and sums are rounded as well
     torch.testing.assert_close(found.double(), truth, rtol=8 * torch.finfo(torch.float16).eps, atol=2**-24)
     assert found.abs().max() > 1e-6
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch._subclasses import FakeTensorMode
 
-from meft_kernels.memory import LiveTensorMeter
+from meft_kernels.memory import LiveTensorMeter, host_allocation, shortened_tiles, tiles
 
 KIB = 1024
 
@@ -171,3 +171,35 @@ def test_cuda_backward_runs_in_another_thread_and_is_seen():
         loss = layer(x).sum()
         loss.backward()
         assert meter.live_bytes == sum(p.nbytes for p in layer.parameters()) + loss.nbytes
+
+
+def test_host_bytes_are_their_own():
+    with LiveTensorMeter() as meter:
+        kept = kib(1)
+        with host_allocation():
+            waiting = kib(4)
+        back = waiting.clone()
+        assert (meter.live_bytes, meter.host_bytes) == (5 * KIB, 4 * KIB)
+        waiting.resize_(8 * KIB)  # what is the host's stays the host's, wherever it grows
+        assert (meter.live_bytes, meter.host_bytes, meter.host_peak_bytes) == (5 * KIB, 8 * KIB, 8 * KIB)
+        meter.reset_peak()
+        del waiting
+        assert (meter.host_bytes, meter.host_peak_bytes) == (0, 8 * KIB)
+    assert (meter.live_bytes, meter.peak_bytes) == (5 * KIB, 5 * KIB)
+    del kept, back
+
+
+def test_what_lies_beside_the_device_is_the_hosts():
+    """As a pinned tensor does in a step on a GPU; meta stands for the GPU."""
+    with LiveTensorMeter("meta") as meter:
+        here, beside = kib(1, device="meta"), kib(2)
+        assert (meter.live_bytes, meter.host_bytes) == (KIB, 2 * KIB)
+    del here, beside
+
+
+def test_tiles_are_all_of_them_outside_of_a_simulation():
+    pieces = range(0, 100, 10)
+    assert tiles(pieces) is pieces
+    with shortened_tiles():
+        assert tiles(pieces) == [0, 10, 80, 90] and tiles(range(4)) == range(4)
+    assert tiles(pieces) is pieces

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, cast
 
 import typer
 
@@ -13,7 +13,8 @@ from .shared import DType, Rank, console, errors, given, quiet, to_dtype, user_e
 _CAPTION = (
     "From shapes alone, by one training step on tensors without data, unpadded, without autocast, attention as sdpa. "
     "kept: alive after forward; peak: alive in forward and backward beside weights and AdamW's state, the gradients "
-    "among it; total: the most at any time, AdamW's update included; longest: tokens of a text that fit. {loss} "
+    "among it; total: the most at any time, AdamW's update included; longest: tokens of a text that fit; host: in host "
+    "memory, at this length and at the longest. {loss} "
     "Tensors only: CUDA's context and the allocator's gaps come on top (of a card sold as 80GB, some 85 x 10^9 bytes, "
     "80 x 10^9 are counted on)."
 )
@@ -32,6 +33,15 @@ def estimate(
     rank: Rank = None,
     rivals: Annotated[str | None, typer.Option(help="Which, separated by commas.")] = None,
     loss: Annotated[bool, typer.Option(help="With logits and loss, or without.")] = True,
+    weights: Annotated[
+        str | None, typer.Option(help="4bit or 8bit: the layers' linear modules quantised. Default: as --dtype.")
+    ] = None,
+    adapter_dtype: Annotated[
+        str | None, typer.Option(help="float32 or model: of adapters and LoRA. Default: float32, ours and PEFT's own.")
+    ] = None,
+    any_length: Annotated[
+        bool, typer.Option("--any-length", help="Texts longer than the model's positions too, as people extend them.")
+    ] = False,
     json: Annotated[Path | None, typer.Option(help="Write the figures to this file too.")] = None,
 ) -> None:
     """Memory of a training step of a model that need not be here: weights, activations, peak, longest context."""
@@ -42,6 +52,7 @@ def estimate(
         from ..comparison.records import Record
         from ..comparison.rivals import UnavailableRivalError, rivals_named
         from ..estimate.estimator import DEFAULT_RIVALS, Estimator, why_not_estimated
+        from ..estimate.published import published
         from ..estimate.report import Estimate, figures, memory_size, table
         from ..estimate.shapes import find_config
 
@@ -51,7 +62,10 @@ def estimate(
             if rivals is not None and (reason := why_not_estimated(rival)):
                 raise ValueError(f"{rival.name} cannot be estimated: {reason}")
         config = find_config(model)
-        estimator = Estimator(config, to_dtype(dtype), batch, MeftConfig(**given(rank=rank)), loss=loss)
+        meft = MeftConfig(**given(rank=rank, adapter_dtype=adapter_dtype))
+        estimator = Estimator(
+            config, to_dtype(dtype), batch, meft, loss=loss, weights=cast(Any, weights), any_length=any_length
+        )
         estimates = []
         for rival in chosen:
             if reason := why_not_estimated(rival):
@@ -61,14 +75,16 @@ def estimate(
                 try:
                     step = estimator.step(rival, seq)
                     longest = None if capacity is None else estimator.longest(rival, capacity, seq)
-                    estimates.append(Estimate(rival, step, longest))
+                    host = estimator.step(rival, longest).host if longest else 0
+                    estimates.append(Estimate(rival, step, longest, host))
                 except UnavailableRivalError as error:
                     estimates.append(Estimate(rival, unavailable=str(error)))
         size = "" if gpu is None else f", into {gpu}"
+        stored = "" if weights is None else f" with {weights} weights"
         console.print(
             table(
                 estimates,
-                title=f"{model}, {dtype}, {batch} x {seq:,} tokens{size}",
+                title=f"{model}, {dtype}{stored}, {batch} x {seq:,} tokens{size}",
                 caption=_CAPTION.format(loss=_WITH_LOSS if loss else _WITHOUT_LOSS),
                 config=config,
                 tokens=seq,
@@ -78,11 +94,11 @@ def estimate(
         for each in estimates:
             if each.unavailable:
                 errors.print(f"{each.rival.title}: {each.unavailable}", markup=False, highlight=False)
-        for note in estimator.notes():
+        for note in (*estimator.notes(), *map(str, published(config, capacity) if capacity else ())):
             console.print(note, markup=False, highlight=False)
         if json is not None:
             settings = {
                 "model": model, "dtype": dtype, "batch": batch, "seq": seq, "capacity": capacity, "loss": loss,
-                "rank": estimator.meft.rank,
+                "rank": estimator.meft.rank, "weights": weights, "adapter_dtype": estimator.meft.adapter_dtype,
             }  # fmt: skip
             Record.now("estimate", settings, [figures(e) for e in estimates], torch.device("cpu")).write(json)

@@ -94,7 +94,7 @@ def footprint(model: nn.Module, batch: Batch) -> Footprint:
     """Tensors alive after the forward of one training step, and the most during the step."""
     was_training = model.training
     model.train()
-    with LiveTensorMeter() as meter:
+    with LiveTensorMeter(next(model.parameters()).device) as meter:
         # The logits and whatever else the model returns are no activations that backward needs: only the loss is kept.
         loss = model(**batch).loss
         kept = meter.live_bytes

@@ -54,10 +54,11 @@ def sample_depths(config: Any) -> list[int]:
 def extrapolate(config: Any, simulate: Callable[[Any], StepBytes]) -> StepBytes:
     """The bytes of the whole model, from :func:`sample_depths` of it.
 
-    All of them but the peak are straight lines. The peak is the highest of several places in a step: at the loss or in
-    the layer where backward begins, where it grows with what each layer keeps; or in the layer where it ends, where it
-    grows with each layer's gradients. If it does not yet grow with the greater of the two, it may come to lie
-    elsewhere in a deeper model, and all layers are simulated.
+    All of them but the two peaks are straight lines. Forward's is at the loss or in the last layer, where it grows with
+    what each layer keeps. Backward's is the highest of several places: at the loss or in the layer where backward
+    begins, where it grows with that as well; or in the layer where it ends, where it grows with each layer's gradients.
+    If it does not yet grow with the greater of the two, it may come to lie elsewhere in a deeper model, and all layers
+    are simulated.
     """
     depths = sample_depths(config)
     if len(depths) == 1:
@@ -65,7 +66,8 @@ def extrapolate(config: Any, simulate: Callable[[Any], StepBytes]) -> StepBytes:
     low, high = (simulate(with_depth(config, layers)) for layers in depths)
     apart = depths[1] - depths[0]
     slope = {f.name: (getattr(high, f.name) - getattr(low, f.name)) / apart for f in fields(StepBytes)}
-    if slope["peak"] < 0.999 * max(slope["kept"], slope["gradients"]):
+    grown = {"forward": slope["kept"], "backward": max(slope["kept"], slope["gradients"])}
+    if any(slope[place] < 0.999 * least for place, least in grown.items()):
         return simulate(config)
     further = depth_of(config) - depths[1]
     return StepBytes(**{name: round(getattr(high, name) + b * further) for name, b in slope.items()})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import traceback
 from collections.abc import Callable
@@ -16,11 +15,12 @@ from torch._subclasses.fake_tensor import (
     UnsupportedFakeTensorException,
 )
 
-from ..comparison.rivals import Budget, Rival
+from ..comparison.rivals import Budget, Rival, UnavailableRivalError
 from ..comparison.rivals.lora import lora_rank
 from ..config import MeftConfig
-from .depth import extrapolate
-from .shapes import longest_input
+from .depth import depth_of, extrapolate
+from .quantised import WEIGHTS, Weights
+from .shapes import longest_input, with_positions
 from .step import StepBytes, measure_step, text_batch
 from .twin import build, simulation, twin
 
@@ -30,7 +30,13 @@ SIMULATED_BITS = 20
 MULTIPLE = 64
 """Contexts are given in multiples of so many tokens, where they are longer."""
 
-DEFAULT_RIVALS = ("full", "lora", "lora_checkpointing", "bottleneck", "meft", "meft1", "meft3", "meft_lora")
+LONGEST = 2**23
+"""Tokens of the longest text that is looked at where the model's positions set no limit."""
+
+DEFAULT_RIVALS = (
+    "full", "lora", "lora_checkpointing", "lora_chunked", "lora_chunked_tiled", "lora_chunked_host",
+    "lora_chunked_tiled_host", "bottleneck", "meft", "meft1", "meft3", "meft_lora",
+)  # fmt: skip
 
 
 def why_not_estimated(rival: Rival) -> str | None:
@@ -50,6 +56,8 @@ class Estimator:
         meft: MEFT's settings; every rival trains as many parameters as MEFT with them.
         loss: whether head and loss are part of the step.
         gpu: whether our ops and AdamW allocate as on CUDA, or as on a CPU.
+        weights: ``"4bit"`` or ``"8bit"`` where the linear modules of the layers are quantised; None: in ``dtype``.
+        any_length: whether texts may be longer than the model's positions, as people extend them.
     """
 
     config: Any
@@ -58,10 +66,14 @@ class Estimator:
     meft: MeftConfig = field(default_factory=MeftConfig)
     loss: bool = True
     gpu: bool = True
+    weights: Weights | None = None
+    any_length: bool = False
     _known: dict[tuple[str, int], StepBytes] = field(default_factory=dict)
-    _rank: int | None = None
+    _budgets: dict[tuple[int, bool], Budget] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if self.weights not in (None, *WEIGHTS):
+            raise ValueError(f"weights are {' or '.join(WEIGHTS)}, or None for the model's own, not {self.weights!r}")
         if self.meft.arithmetic == "exact" and self.meft.fraction_bits is None:
             settings = self.meft.to_dict() | {"fraction_bits": SIMULATED_BITS}
             self.meft = MeftConfig.from_dict(settings)
@@ -71,21 +83,33 @@ class Estimator:
 
         Raises:
             UnavailableRivalError: the rival cannot take this model.
+            UnavailableRivalError: the rival trains what is quantised.
             ValueError: the model does not run on tensors without data, or takes fewer tokens.
         """
+        if rival.whole and self.weights is not None:
+            raise UnavailableRivalError("weights in 4 or 8 bits cannot be trained")
         key = rival.name, tokens
         if key not in self._known:
-            limit = longest_input(self.config)
+            limit = self.limit
             if limit is not None and tokens > limit:
-                raise ValueError(f"the model takes {limit} tokens at most (its config's positions), not {tokens}")
-            self._known[key] = extrapolate(self.config, lambda config: self.simulate(config, rival, tokens))
+                raise ValueError(
+                    f"the model takes {limit} tokens at most (its config's positions), not {tokens}: "
+                    "any_length (--any-length) is for models that are extended"
+                )
+            config = with_positions(self.config, tokens)
+            self._known[key] = extrapolate(config, lambda config: self.simulate(config, rival, tokens))
         return self._known[key]
+
+    @property
+    def limit(self) -> int | None:
+        """Tokens of a text at most; None where nothing limits them."""
+        return None if self.any_length else longest_input(self.config)
 
     def simulate(self, config: Any, rival: Rival, tokens: int) -> StepBytes:
         """The same of a config as it is, every layer of it."""
         try:
             with simulation(gpu=self.gpu):
-                model = twin(config, self.dtype, rival, self._budget(config, rival))
+                model = twin(config, self.dtype, rival, self._budget(config, rival), self.weights)
                 batch = text_batch(model, self.rows, tokens, torch.device("cpu"))
                 return measure_step(model, batch, loss=self.loss, foreach=self.gpu)
         except (DataDependentOutputException, DynamicOutputShapeException, UnsupportedFakeTensorException) as error:
@@ -97,19 +121,20 @@ class Estimator:
 
     def _budget(self, config: Any, rival: Rival) -> Budget:
         """As much as the whole model's, for each layer: LoRA's rank must not change with the depth by rounding."""
-        model = build(config, self.dtype)
+        key = depth_of(config), "lora" in rival.name
+        if key not in self._budgets:
+            self._budgets[key] = (
+                self._lora_budget(config) if key[1] else Budget.of(build(config, self.dtype), self.meft)
+            )
+        return self._budgets[key]
+
+    def _lora_budget(self, config: Any) -> Budget:
+        whole, model = build(self.config, self.dtype), build(config, self.dtype)
+        rank = lora_rank(whole, Budget.of(whole, self.meft))
         here = Budget.of(model, self.meft)
-        if "lora" not in rival.name:
-            return here
-        rank = lora_rank(model, here)
-        if self._rank is None:
-            whole = build(self.config, self.dtype)
-            self._rank = lora_rank(whole, Budget.of(whole, self.meft))
-        if rank == self._rank:
-            return here
         far = 10**15
         per_rank = far / lora_rank(model, Budget(self.meft, far))
-        return Budget(self.meft, round(here.trainable + (self._rank - rank) * per_rank))
+        return Budget(self.meft, round(here.trainable + (rank - lora_rank(model, here)) * per_rank))
 
     def notes(self) -> list[str]:
         """What of a real run is known to differ."""
@@ -127,9 +152,7 @@ class Estimator:
 
         0 where not even one token does.
         """
-        return longest_that_fits(
-            lambda tokens: self.step(rival, tokens).total, capacity, start, longest_input(self.config) or 2**22
-        )
+        return longest_that_fits(lambda tokens: self.step(rival, tokens).total, capacity, start, self.limit or LONGEST)
 
 
 def longest_that_fits(total: Callable[[int], int], capacity: int, start: int, limit: int) -> int:
@@ -142,19 +165,18 @@ def longest_that_fits(total: Callable[[int], int], capacity: int, start: int, li
     def tolerance() -> int:
         return max(1, fits // 100)
 
-    ways = itertools.cycle(("chord", "just above", "half"))
-    guess = min(start, limit)
+    guess, just_above, turns = min(start, limit), False, 0
     while beyond - fits > tolerance():
+        turns += 1
         guess = min(max(guess, fits + 1), beyond - 1)
         known[guess] = total(guess)
         if known[guess] <= capacity:
-            fits = guess
+            fits, just_above = guess, not just_above and turns > 1
         else:
-            beyond = guess
-        way = next(ways)
-        if way == "just above":
+            beyond, just_above = guess, False
+        if just_above:  # the line's guess fitted: is it the longest?
             guess = fits + tolerance()
-        elif way == "half":
+        elif turns % 4 == 0:
             guess = math.isqrt(fits * beyond)  # in ratio
         else:  # the straight line between the lengths on either side, or through the last two where all fitted so far
             low, high = (fits, beyond) if beyond in known else (1, fits)

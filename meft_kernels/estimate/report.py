@@ -23,12 +23,14 @@ class Estimate:
 
     Attributes:
         longest: tokens of a text that fit; None where no size of memory was given.
+        longest_host: bytes of host memory that a text of so many takes.
         unavailable: why there are no figures.
     """
 
     rival: Rival
     step: StepBytes | None = None
     longest: int | None = None
+    longest_host: int = 0
     unavailable: str | None = None
 
 
@@ -45,6 +47,8 @@ def memory_size(text: str) -> int:
 
 
 def _bytes(value: int) -> str:
+    if not value:
+        return "0"
     return f"{value / GIB:,.2f}" if value >= GIB / 100 else f"{value / GIB:,.4f}"
 
 
@@ -53,19 +57,23 @@ def table(
 ) -> Table:
     """One row a rival, in GiB."""
     made = Table(title=title, caption=caption, caption_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    made.add_column("GiB", no_wrap=True)
-    columns = ["weights", "grads,\nAdamW", "kept", "peak", "total"]
-    for name in (*columns, *(("fits", "longest") if capacity is not None else ())):
-        made.add_column(name, justify="right")
+    made.add_column("GiB", min_width=12)
+    host = any(estimate.step is not None and estimate.step.host for estimate in estimates)
+    columns = ["weights", "grads,\nAdamW", "kept", "peak", "total", *(["host"] if host else [])]
+    if capacity is not None:
+        columns += ["fits", "longest", *(["host,\nlongest"] if host else [])]
+    for name in columns:
+        made.add_column(name, justify="right", no_wrap=True)
     for estimate in estimates:
         step = estimate.step
         if step is None:
             made.add_row(estimate.rival.title, *["-"] * (len(made.columns) - 1))
             continue
-        cells = (step.weights, step.gradients + step.optimizer, step.kept, step.peak, step.total)
-        row = [_bytes(value) for value in cells]
+        cells = [step.weights, step.gradients + step.optimizer, step.kept, step.peak, step.total]
+        row = [_bytes(value) for value in (*cells, *([step.host] if host else []))]
         if capacity is not None:
             row += ["yes" if step.total <= capacity else "no", _context(estimate.longest, config)]
+            row += [_bytes(estimate.longest_host)] if host else []
         made.add_row(estimate.rival.title, *row)
     return made
 
@@ -79,10 +87,11 @@ def _context(longest: int | None, config: Any) -> str:
 def figures(estimate: Estimate) -> dict[str, Any]:
     """Plain values for JSON."""
     step = estimate.step
-    measured = {} if step is None else {**vars(step), "total": step.total}
+    measured = {} if step is None else {**vars(step), "peak": step.peak, "total": step.total}
     return {
         "rival": estimate.rival.name,
         **measured,
         "longest": estimate.longest,
+        "longest_host": estimate.longest_host,
         "unavailable": estimate.unavailable,
     }

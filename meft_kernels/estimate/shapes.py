@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,21 @@ BUILT_IN: dict[str, tuple[str, str, dict[str, Any]]] = {
             "rope_parameters": {**_LLAMA_ROPE, "factor": 8.0},
         },
     ),
+    "llama-3.1-70b": (
+        "meta-llama/Llama-3.1-70B",
+        "llama",
+        {
+            "architectures": ["LlamaForCausalLM"],
+            "vocab_size": 128256,
+            "hidden_size": 8192,
+            "intermediate_size": 28672,
+            "num_hidden_layers": 80,
+            "num_attention_heads": 64,
+            "num_key_value_heads": 8,
+            "max_position_embeddings": 131072,
+            "rope_parameters": {**_LLAMA_ROPE, "factor": 8.0},
+        },
+    ),
 }
 
 
@@ -105,6 +121,16 @@ def find_config(name: str) -> Any:
         ) from None
     if source.gguf_file and not config.architectures:
         config.architectures = ["ForCausalLM"]  # files of llama.cpp hold nothing else
+    return config
+
+
+def with_positions(config: Any, tokens: int) -> Any:
+    """The same model for texts of so many tokens, as people extend it: tables of learned positions grow."""
+    limit = longest_input(config)
+    if limit is None or tokens <= limit:
+        return config
+    config = copy.deepcopy(config)
+    config.get_text_config().max_position_embeddings += tokens - limit
     return config
 
 

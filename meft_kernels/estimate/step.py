@@ -24,8 +24,11 @@ class StepBytes:
         gradients: those of the trained parameters; they come up in backward, and are in its peak.
         optimizer: AdamW's two averages.
         kept: alive after forward for the sake of backward.
-        peak: the most that forward and backward have alive beside weights and optimizer state.
+        forward: the most that forward, loss included, has alive beside weights and optimizer state.
+        backward: the same of backward.
         update: the most that the optimizer's step has alive beside the weights.
+        host: the most in host memory; no part of any other figure.
+        peak: the greater of ``forward`` and ``backward``.
         total: the most at any time of a step.
     """
 
@@ -33,8 +36,14 @@ class StepBytes:
     gradients: int
     optimizer: int
     kept: int
-    peak: int
+    forward: int
+    backward: int
     update: int
+    host: int = 0
+
+    @property
+    def peak(self) -> int:
+        return max(self.forward, self.backward)
 
     @property
     def total(self) -> int:
@@ -90,13 +99,16 @@ def measure_step(model: Any, batch: Batch, *, loss: bool = True, foreach: bool =
     parameters = [parameter for parameter in base.parameters() if parameter.requires_grad]
     weights = tensor_bytes([*base.parameters(), *base.buffers()])
     optimizer = torch.optim.AdamW(parameters, foreach=foreach)
-    with LiveTensorMeter() as meter:
+    device = batch["input_ids"].device
+    with LiveTensorMeter(None if device.type == "cpu" else device) as meter:
         output, gradient = _forward(model, batch, loss=loss)
         kept = meter.live_bytes - (0 if gradient is None else gradient.nbytes)
+        forward, host = meter.peak_bytes, meter.host_peak_bytes
+        meter.reset_peak()
         if not loss:
             _give_head_gradients(base)
         output.backward(gradient)
-        peak = meter.peak_bytes
+        backward, host = meter.peak_bytes, max(host, meter.host_peak_bytes)
         del output, gradient
         gradients = tensor_bytes([p.grad for p in parameters if p.grad is not None])
         before = meter.live_bytes
@@ -106,4 +118,4 @@ def measure_step(model: Any, batch: Batch, *, loss: bool = True, foreach: bool =
         update = meter.peak_bytes - before + gradients
         made = meter.live_bytes - before
     optimizer.zero_grad(set_to_none=True)
-    return StepBytes(weights, gradients, made, kept, peak, update)
+    return StepBytes(weights, gradients, made, kept, forward, backward, update, host)

@@ -27,8 +27,10 @@ from .. import ops
 from ..adapters import Adapter
 from ..comparison.rivals import Budget, Rival
 from ..loss import chunks
+from ..memory import shortened_tiles
 from ..ops.adapter import api as adapter_api
 from ..ops.coupling import api as coupling
+from .quantised import Weights, quantise
 
 
 class _OneFakeMode(FakeTensorMode):
@@ -134,6 +136,7 @@ def simulation(*, gpu: bool) -> Iterator[None]:
         # transformers makes dense masks when tensors are fake, because it dares not look at their values: here it may.
         stack.enter_context(mock.patch.object(masking_utils, "is_tracing", is_tracing))
         stack.enter_context(mock.patch.object(torch.utils, "swap_tensors", _set_data))
+        stack.enter_context(shortened_tiles())
         if gpu:
             stack.enter_context(_kernels_of_a_gpu())
         stack.enter_context(_OneFakeMode())
@@ -163,9 +166,15 @@ def build(config: Any, dtype: torch.dtype) -> Any:
     return auto_class(config).from_config(config, dtype=dtype).train()
 
 
-def twin(config: Any, dtype: torch.dtype, rival: Rival, budget: Budget) -> Any:
-    """The model prepared by ``rival``; call inside of :func:`simulation`."""
+def twin(config: Any, dtype: torch.dtype, rival: Rival, budget: Budget, weights: Weights | None = None) -> Any:
+    """The model prepared by ``rival``; call inside of :func:`simulation`.
+
+    Args:
+        weights: how those of the layers' linear modules are stored; None: in ``dtype`` as the others.
+    """
     with no_init_weights():
         model = build(config, dtype)
     model.tie_weights()  # which no_init_weights leaves out
+    if weights is not None:
+        quantise(model, weights)
     return rival.prepare(model, budget).train()

@@ -5,14 +5,25 @@ A rival is a small file here that makes one or more :class:`Rival`; :data:`RIVAL
 
 from __future__ import annotations
 
-from . import bottleneck, full, ia3, lora, lora_checkpointing, lora_liger, lora_offload, meft, paper, unsloth
+from . import (
+    bottleneck,
+    full,
+    ia3,
+    lora,
+    lora_checkpointing,
+    lora_lean,
+    lora_liger,
+    lora_offload,
+    meft,
+    paper,
+    unsloth,
+)
 from .base import Budget, Rival, UnavailableRivalError
 
-RIVALS: dict[str, Rival] = {
-    rival.name: rival
-    for module in (meft, paper, full, lora, lora_checkpointing, lora_offload, lora_liger, unsloth, ia3, bottleneck)
-    for rival in module.RIVALS
-}
+_MODULES = (
+    meft, paper, full, lora, lora_checkpointing, lora_lean, lora_offload, lora_liger, unsloth, ia3, bottleneck
+)  # fmt: skip
+RIVALS: dict[str, Rival] = {rival.name: rival for module in _MODULES for rival in module.RIVALS}
 
 __all__ = ["RIVALS", "Budget", "Rival", "UnavailableRivalError", "rivals_named"]
 

@@ -56,6 +56,7 @@ class Rival:
         gpu: runs on CUDA alone.
         reversible: its streams are undone, so that ``verify`` applies.
         dashed: learns what the rival before it learns, and only differs in cost.
+        whole: trains the pretrained weights themselves, which therefore cannot be quantised.
     """
 
     name: str
@@ -66,6 +67,7 @@ class Rival:
     gpu: bool = False
     reversible: bool = False
     dashed: bool = False
+    whole: bool = False
 
     def why_unavailable(self, device: torch.device) -> str | None:
         """What is missing on this machine, or None."""

@@ -12,4 +12,4 @@ def full(model: nn.Module, budget: Budget) -> nn.Module:
     return model.requires_grad_(True)
 
 
-RIVALS = (Rival("full", "full fine-tuning", full, lr=5e-5),)
+RIVALS = (Rival("full", "full fine-tuning", full, lr=5e-5, whole=True),)
