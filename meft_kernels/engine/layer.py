@@ -160,7 +160,12 @@ class PatchedLayer:
             return WHOLE
         if branch == "layer" and not (self.stack.in_turn and self._instance_forward is None):
             return WHOLE  # its blocks are not all that it does
-        return cut(hidden_states.shape, auto_rows(hidden_states.device) if rows == "auto" else rows)
+        if rows == "auto":
+            return cut(hidden_states.shape, auto_rows(hidden_states.device))
+        tiles = cut(hidden_states.shape, rows)
+        if len(tiles) == 1:
+            warn_once(logger, f"meft_kernels: tile={rows} has more rows than a batch, which is computed as one tile")
+        return tiles
 
     def pieces(self, branch: Branch, kwargs: dict[str, Any], seeds: Seeds) -> AttentionInPieces | None:
         """The attention block in pieces, where that is wanted, and the layer's family says how and for this call."""
