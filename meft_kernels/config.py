@@ -17,6 +17,7 @@ Coupling = Literal["centered", "paper"]
 Engine = Literal["reversible", "autograd"]
 Readout = Literal["state", "mean"]
 Adapters = Literal["all", "none"]
+Loss = Literal["auto", "chunked", "full"]
 
 _CHOICES: dict[str, tuple[str, ...]] = {
     "variant": ("meft1", "meft2", "meft3"),
@@ -25,6 +26,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "engine": ("reversible", "autograd"),
     "readout": ("state", "mean"),
     "adapters": ("all", "none"),
+    "loss": ("auto", "chunked", "full"),
     "adapter_dtype": ("float32", "model"),
     "impl": ("auto", "torch", "triton"),
 }
@@ -102,6 +104,11 @@ class MeftConfig:
         None, "how many of the patched layers drop their activations, from the bottom; the rest keep them"
     )
     compile_layers: bool = option(False, "run the pretrained layers under torch.compile, in forward as in backward")
+    loss: Loss = option(
+        "auto",
+        "'chunked': a language model's loss without whole logits; 'full': with; 'auto': chunked where there is a head",
+    )
+    loss_rows: int | None = option(None, "rows whose logits exist at one time; None: chosen from the shape")
     impl: Impl = option(
         "auto", "implementation of the coupling and adapter ops; 'auto': Triton on CUDA, torch elsewhere"
     )
@@ -123,6 +130,10 @@ class MeftConfig:
         self._check_integer("frozen_layers", 0)
         if self.reversible_layers is not None:
             self._check_integer("reversible_layers", 0)
+        if self.loss_rows is not None:
+            self._check_integer("loss_rows", 1)
+            if self.loss == "full":
+                raise ValueError("loss_rows belongs to loss='auto' or 'chunked': with loss='full' all logits exist")
         if self.fraction_bits is not None:
             self._check_integer("fraction_bits", 0)
             if self.fraction_bits > MAX_FRACTION_BITS:

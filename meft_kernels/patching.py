@@ -18,6 +18,7 @@ from .engine.stack import ReversibleStack
 from .engine.stack_state import StackState
 from .errors import PatchError
 from .insertion import make_adapters
+from .loss.binding import LossBinding, head_for
 from .state import STATE, PatchState, count_parameters, find_state, require_state, unwrap
 from .targets import LayerList, check_trainable, find_layers, find_spec, is_peft, modules_to_train
 from .trainer_bindings import CheckpointingBinding, QuantisedBinding
@@ -71,6 +72,7 @@ def patch(model: Model, config: MeftConfig | None = None, **overrides: Any) -> M
         for target in lists
     ]
     trained = modules_to_train(base, spec, config)
+    head = head_for(base, config)
 
     # Nothing was changed so far, and nothing can fail from here on.
     required_grad = {name: parameter.requires_grad for name, parameter in base.named_parameters()}
@@ -84,6 +86,8 @@ def patch(model: Model, config: MeftConfig | None = None, **overrides: Any) -> M
     state.bindings.append(CheckpointingBinding(base, stacks))
     if config.adapters == "all":
         state.bindings += [SavingBinding(base), QuantisedBinding(base)]
+    if head is not None:
+        state.bindings.append(LossBinding(head, config.loss_rows))
     object.__setattr__(base, STATE, state)
     trainable, total = count_parameters(base)
     logger.info(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import logging
 import warnings
 from collections.abc import Iterator
@@ -25,6 +26,7 @@ from transformers.initialization import no_init_weights
 from .. import ops
 from ..adapters import Adapter
 from ..comparison.rivals import Budget, Rival
+from ..loss import chunks
 from ..memory import shortened_tiles
 from ..ops.adapter import api as adapter_api
 from ..ops.coupling import api as coupling
@@ -109,6 +111,7 @@ def _kernels_of_a_gpu() -> Iterator[None]:
             (kernels, "INTERPRETED", True),  # whose kernels take tensors that are not on a GPU
             (coupling, "use_triton", _use_triton),
             (Adapter, "fused_input", _fused_input),
+            (chunks, "smallest_chunk", functools.partial(chunks.smallest_chunk, kind="gpu")),
             (adapter_api, "check_gradient", lambda *tensors: None),  # all fake tensors have the same address
         ):
             stack.enter_context(mock.patch.object(place, name, value))
