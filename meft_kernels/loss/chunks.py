@@ -108,7 +108,7 @@ def _scaled(gradient: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         return gradient * scale
     result = torch.empty_like(gradient)
     rows = max(1, _SCALED_AT_ONCE // max(1, gradient[:1].numel()))
-    for start in range(0, len(gradient), rows):
+    for start in tiles(range(0, len(gradient), rows)):
         part = slice(start, start + rows)
         result[part] = gradient[part].to(scale.dtype) * (scale if scale.ndim == 0 else scale[part])
     return result
