@@ -40,7 +40,9 @@ SETTINGS: dict[str, Rival] = {
         "meft_float", "MEFT, float streams", functools.partial(meft, arithmetic="float", fraction_bits=None)
     ),
 }
-DEFAULT = ("meft", "meft_q8", "lora_checkpointing", "lora", "bottleneck")
+DEFAULT = (
+    "meft", "meft_q8", "lora_checkpointing", "lora_chunked_host", "lora_chunked_tiled_host", "lora", "bottleneck",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -99,12 +101,12 @@ def figures(point: Point, *, real: bool | None) -> dict[str, Any]:
     if real or (real is None and point.small):
         found["real"] = measure(point, real=True)
     steps = list(found.values())
-    for what in ("kept", "peak"):
+    for what in ("kept", "peak", "host"):
         values = [getattr(step, what) for step in steps]
         if max(values) > 1.01 * min(values):
             raise RuntimeError(f"{point}: {what} is {values} bytes with {' and '.join(found)} tensors")
     step = steps[-1]
-    counted = {"elements": point.elements, "kept": step.kept, "peak": step.peak}
+    counted = {"elements": point.elements, "kept": step.kept, "peak": step.peak, "host": step.host}
     return {**vars(point), "tensors": " and ".join(found), **counted}
 
 
@@ -127,10 +129,11 @@ def points_of(study: str, rival: str, dtype: str, options: Any) -> list[Point]:
 
 def line(point: dict[str, Any]) -> str:
     """One point, for the terminal."""
-    per = {what: point[what] / point["elements"] for what in ("kept", "peak")}
+    per = {what: point[what] / point["elements"] for what in ("kept", "peak", "host")}
     return (
-        f"{point['rival']:<20}{point['dtype']:<10}{point['layers']:3d} layers  {point['rows']} x {point['tokens']:<6}"
-        f"H {point['width']:<5} kept {per['kept']:9.2f} B/elt   peak {per['peak']:9.1f} B/elt   ({point['tensors']})"
+        f"{point['rival']:<24}{point['dtype']:<10}{point['layers']:3d} layers  {point['rows']} x {point['tokens']:<6}"
+        f"H {point['width']:<5} kept {per['kept']:9.2f} B/elt   peak {per['peak']:9.1f} B/elt   "
+        f"host {per['host']:7.2f} B/elt   ({point['tensors']})"
     )
 
 
