@@ -20,7 +20,7 @@ from .models import VOCABULARY, relative_error
 EPS = torch.finfo(torch.float32).eps
 ROUNDING = 32 * EPS
 """Losses and gradients are the same sums over 97 words or 32 features, added up in another order: each such sum is off
-by its partial sums' rounding, sqrt(97) * eps / 2 for errors that are independent, and some six are one after another."""
+by its partial sums' rounding, sqrt(97) * eps / 2 where errors are independent, and some six come one after another."""
 
 
 class Head(nn.Module):
@@ -144,6 +144,17 @@ def test_reductions(reduction: str, smoothing: float, trained: bool, count: int)
     both(linear(bias=True, trained=trained), *rows(count), **settings)
 
 
+@pytest.mark.parametrize("every", [2, 30])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_many_labels_ignored_and_few(every: int, smoothing: float) -> None:
+    """Rows without a label are left out where there are many, and count for nothing where there are few."""
+    hidden, labels = rows()
+    labels = labels.clamp(min=0)
+    labels[::every] = -100
+    both(linear(trained=True), hidden, labels, label_smoothing=smoothing)
+    both(linear(), hidden, labels, reduction="none", label_smoothing=smoothing)
+
+
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_all_labels_ignored(reduction: str) -> None:
     hidden, labels = rows()
@@ -221,7 +232,7 @@ def test_gradients_do_not_underflow_in_float16() -> None:
     model.half()
     bind_loss(model, rows=10)
     found = step(model, hidden.half(), labels, reduction="sum", scale=3e-7)[1]["input"]
-    # float16's smallest step is 6e-8, and this gradient's size 1e-6; weights, hidden states and sums are rounded as well
+    # float16's smallest step is 6e-8, this gradient's size 1e-6; weights, hidden states and sums are rounded as well
     torch.testing.assert_close(found.double(), truth, rtol=8 * torch.finfo(torch.float16).eps, atol=2**-24)
     assert found.abs().max() > 1e-6
 
