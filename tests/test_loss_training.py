@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from transformers import Trainer, TrainingArguments
 
 import meft_kernels
 from meft_kernels import MeftConfig, PatchError, UnsupportedModelError
+from meft_kernels.estimate.step import measure_step
+from meft_kernels.estimate.twin import simulation
 from meft_kernels.loss import bind_loss
 from meft_kernels.loss.chunks import chunk_rows
 from meft_kernels.loss.lazy import LazyLogits
@@ -186,7 +189,7 @@ def test_a_quantised_head() -> None:
     both(model, **labelled(model))
 
 
-WIDE = {"vocab_size": 8192, "num_hidden_layers": 1, "max_position_embeddings": 512}
+WIDE = {"vocab_size": 8192, "num_hidden_layers": 1, "max_position_embeddings": 2048}
 
 
 @pytest.mark.parametrize("trained", [False, True], ids=["frozen", "trained"])
@@ -281,3 +284,22 @@ def test_trl(loss_type: str, tmp_path: Path) -> None:
         curves.append([entry[key] for entry in entries for key in ("loss", "mean_token_accuracy", "entropy")])
     assert len(curves[0]) == 12
     assert curves[1] == pytest.approx(curves[0], rel=1e-4)
+
+
+def test_simulated() -> None:
+    """Tensors without data take what real ones do, to a percent; of a GPU, less than whole logits."""
+    bytes_ = {}
+    for where in ("real", "fake", "gpu", "gpu, full"):
+        settings = {"loss": "full"} if where == "gpu, full" else {"loss": "chunked"}
+        with ExitStack() as stack:
+            if where != "real":
+                stack.enter_context(simulation(gpu=where.startswith("gpu")))
+            model = language_model("llama", **WIDE)
+            meft_kernels.patch(model, **TRAINABLE_START, fraction_bits=20, **settings)
+            ids = torch.randint(3, 8192, (2, 1500))
+            bytes_[where] = measure_step(model, {"input_ids": ids, "labels": ids})
+    assert bytes_["fake"].peak == pytest.approx(bytes_["real"].peak, rel=0.01)
+    assert bytes_["fake"].kept == pytest.approx(bytes_["real"].kept, rel=0.01)
+    logits = 3000 * 8192 * 4
+    assert bytes_["real"].peak < logits / 2
+    assert bytes_["gpu, full"].peak > 2 * logits > 2 * bytes_["gpu"].peak
