@@ -165,6 +165,24 @@ def scaling(records: list[Record], folder: Path) -> str:
     return "\n\n".join(parts)
 
 
+def loss(records: list[Record], folder: Path) -> str:
+    """``benchmarks.loss``: every way beside whole logits."""
+    parts = []
+    for record in records:
+        shape = "{rows:,} x {width} rows, {vocabulary:,} words".format(**record.settings)
+        lines = [
+            "| way | time / whole logits | peak, MiB | loss off | gradient off |",
+            "| --- | --- | --- | --- | --- |",
+        ]
+        for way, row in record.figures.items():
+            errors = (f"{row[what]:.1e}" for what in ("loss_error", "gradient_error"))
+            cells = [way, f"{row['over_full']:.2f}", f"{row['mib']:.1f}", *errors]
+            lines.append(f"| {' | '.join(cells)} |")
+        parts += [f"### {shape}, {record.settings['dtype']}", "\n".join(lines)]
+    note = "Peaks are of tensors; what torch's own operator takes inside is not seen. Errors are relative, to float64."
+    return "\n\n".join([*parts, note])
+
+
 def draw(results: Path) -> None:
     """The plots that no command has drawn yet: those over all cases of the comparison."""
     folder = results / "comparison"
@@ -179,6 +197,7 @@ SECTIONS = (
         comparison,
     ),
     Section("Memory against depth, tokens and width", "scaling", "python -m benchmarks.scaling", scaling),
+    Section("The loss without whole logits", "loss", "python -m benchmarks.loss --out benchmarks/results/loss", loss),
     Section("The estimator against measurement", "estimator", "python -m benchmarks.estimator", estimator),
     Section("The paper's findings, in miniature", "findings", "python -m benchmarks.findings all", findings),
     Section("On a GPU", "gpu", "python -m benchmarks.gpu", gpu),

@@ -87,7 +87,7 @@ def patch(model: Model, config: MeftConfig | None = None, **overrides: Any) -> M
     if config.adapters == "all":
         state.bindings += [SavingBinding(base), QuantisedBinding(base)]
     if head is not None:
-        state.bindings.append(LossBinding(head, config.loss_rows))
+        state.bindings.append(LossBinding(base, head, config.loss_rows))
     object.__setattr__(base, STATE, state)
     trainable, total = count_parameters(base)
     logger.info(

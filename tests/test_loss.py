@@ -20,7 +20,7 @@ from .models import VOCABULARY, relative_error
 EPS = torch.finfo(torch.float32).eps
 ROUNDING = 32 * EPS
 """Losses and gradients are the same sums over 97 words or 32 features, added up in another order: each such sum is off
-by its partial sums' rounding, sqrt(97) * eps / 2 for independent errors, and some six are one after another."""
+by its partial sums' rounding, sqrt(97) * eps / 2 where errors are independent, and some six come one after another."""
 
 
 class Head(nn.Module):
@@ -142,6 +142,17 @@ def test_accumulation_is_a_sum() -> None:
 def test_reductions(reduction: str, smoothing: float, trained: bool, count: int) -> None:
     settings = {"reduction": reduction, "label_smoothing": smoothing}
     both(linear(bias=True, trained=trained), *rows(count), **settings)
+
+
+@pytest.mark.parametrize("every", [2, 30])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_many_labels_ignored_and_few(every: int, smoothing: float) -> None:
+    """Rows without a label are left out where there are many, and count for nothing where there are few."""
+    hidden, labels = rows()
+    labels = labels.clamp(min=0)
+    labels[::every] = -100
+    both(linear(trained=True), hidden, labels, label_smoothing=smoothing)
+    both(linear(), hidden, labels, reduction="none", label_smoothing=smoothing)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])

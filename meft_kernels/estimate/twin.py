@@ -111,7 +111,7 @@ def _kernels_of_a_gpu() -> Iterator[None]:
             (kernels, "INTERPRETED", True),  # whose kernels take tensors that are not on a GPU
             (coupling, "use_triton", _use_triton),
             (Adapter, "fused_input", _fused_input),
-            (chunks, "smallest_chunk", functools.partial(chunks.smallest_chunk, kind="gpu")),
+            (chunks, "smallest_chunk", functools.partial(chunks.smallest_chunk, gpu=True)),
             (adapter_api, "check_gradient", lambda *tensors: None),  # all fake tensors have the same address
         ):
             stack.enter_context(mock.patch.object(place, name, value))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import types
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -16,14 +18,12 @@ from ..config import MeftConfig
 from ..errors import PatchError, UnsupportedModelError
 from ..notices import warn_once
 from ..state import unwrap
-from .chunks import chunk_rows
+from . import answers as _answers  # noqa: F401 - fills the table of lazy logits
+from .chunks import LEAST_ROWS, chunk_rows
 from .head_call import HeadCall
 from .lazy import LazyLogits
 
 logger = logging.getLogger(__name__)
-
-_ALWAYS_WHOLE = 16
-"""Rows of logits that are worth no question: the least that :func:`chunk_rows` gives, and what generating asks for."""
 
 
 class BoundHead:
@@ -33,10 +33,29 @@ class BoundHead:
     its own loss.
     """
 
-    def __init__(self, module: nn.Module, rows: int | None) -> None:
+    def __init__(self, module: nn.Module, rows: int | None, model: nn.Module) -> None:
         self.module = module
         self.rows = rows
+        self._model: weakref.ref[nn.Module] | None = weakref.ref(model)
         self._instance_forward = vars(module).get("forward")  # another library's, bound before ours
+
+    @property
+    def model(self) -> nn.Module | None:
+        """The model around the head; None if it is gone, or unknown since this was pickled."""
+        return None if self._model is None else self._model()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> BoundHead:
+        """The model's copy is the copy's model. A head is copied alone, too, and must not take its model along."""
+        copied = copy.copy(self)
+        memo[id(self)] = copied
+        copied.module = copy.deepcopy(self.module, memo)
+        copied._instance_forward = copy.deepcopy(self._instance_forward, memo)
+        if (model := self.model) is not None:
+            copied._model = weakref.ref(memo.get(id(model), model))
+        return copied
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_model": None}
 
     @property
     def original(self) -> Callable[..., Any]:
@@ -56,39 +75,41 @@ class BoundHead:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Lazy logits [..., V] of hidden states [..., H]; real ones where a chunk would hold them all."""
-        if len(args) != 1 or kwargs or not _may_wait(self.module, args[0]):
+        if len(args) != 1 or kwargs or not self._may_wait(args[0]):
             return self.original(*args, **kwargs)
         hidden = args[0]
         width = hidden.shape[-1]
         count = hidden.numel() // width
-        if count <= (self.rows or _ALWAYS_WHOLE):
+        if count <= (self.rows or LEAST_ROWS):
             return self.original(hidden)
-        call = HeadCall.begin(self.module, self.original, hidden)
+        try:
+            call = HeadCall.begin(self.module, self.original, hidden)
+        except Exception as error:  # of any quantised head's kernels; what is wrong with the rows as well shows now
+            warn_once(logger, f"meft_kernels: logits are made whole, since the head takes no rows of none: {error}")
+            return self.original(hidden)
         rows = self.rows or chunk_rows(
             count, width, call.sample.shape[-1], hidden.device, trained=call.recorded and bool(call.head.parameters)
         )
         return self.original(hidden) if count <= rows else LazyLogits.of(call, self.rows)
 
-
-def _may_wait(module: nn.Module, hidden: Any) -> bool:
-    """Whether the head can be called later as well as now."""
-    if (
-        torch.compiler.is_compiling()
-        or torch._C._get_tracing_state() is not None
-        or torch._C._are_functorch_transforms_active()
-    ):
-        return False
-    plain = type(hidden) is torch.Tensor or isinstance(hidden, FakeTensor)
-    if not plain or hidden.ndim < 2 or not hidden.is_floating_point() or not hidden.numel():
-        return False
-    if isinstance(module, FSDPModule) or hasattr(module, "_hf_hook"):
-        warn_once(
-            logger,
-            "meft_kernels: the head's weights are there only while it is called (fully_shard of the head alone, or "
-            "accelerate's offloading), so that its logits are made whole: shard the head with the model around it",
-        )
-        return False
-    return True
+    def _may_wait(self, hidden: Any) -> bool:
+        """Whether the head can be called later as well as now."""
+        compiled = torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
+        if compiled or torch._C._are_functorch_transforms_active():
+            return False
+        plain = type(hidden) is torch.Tensor or isinstance(hidden, FakeTensor)
+        if not plain or hidden.ndim < 2 or not hidden.is_floating_point() or not hidden.numel():
+            return False
+        if isinstance(self.model, FSDPModule) and not torch.is_grad_enabled():
+            return False  # accelerate takes the weights apart after forward, and evaluations read logits
+        if isinstance(self.module, FSDPModule) or hasattr(self.module, "_hf_hook"):
+            warn_once(
+                logger,
+                "meft_kernels: the head's weights are there only while it is called (fully_shard of the head alone, or "
+                "accelerate's offloading), so that its logits are made whole: shard the head with the model around it",
+            )
+            return False
+        return True
 
 
 def find_head(model: Any) -> nn.Module | None:
@@ -133,8 +154,8 @@ def head_for(model: Any, config: MeftConfig) -> nn.Module | None:
 class LossBinding:
     """Binds it on a model's head. Made by :func:`bind_loss`."""
 
-    def __init__(self, head: nn.Module, rows: int | None) -> None:
-        self._bound = BoundHead(head, rows)
+    def __init__(self, model: nn.Module, head: nn.Module, rows: int | None) -> None:
+        self._bound = BoundHead(head, rows, model)
         self._bound.bind()
 
     def remove(self, model: nn.Module) -> None:
@@ -166,7 +187,8 @@ def bind_loss(model: nn.Module, *, rows: int | None = None) -> LossBinding:
     """
     if rows is not None and (not isinstance(rows, int) or isinstance(rows, bool) or rows < 1):
         raise ValueError(f"rows must be an integer >= 1, or None, got {rows!r}")
-    head = require_head(unwrap(model))
+    base = unwrap(model)
+    head = require_head(base)
     if is_bound(head):
         raise PatchError("the loss of this model is computed in chunks already: remove that binding first")
-    return LossBinding(head, rows)
+    return LossBinding(base, head, rows)

@@ -1,10 +1,15 @@
 """Cross-entropy from hidden states, chunk of rows by chunk of rows, with its gradients made in forward.
 
-A loop of our own and not ``F.linear_cross_entropy``, which takes plain weights alone, knows no soft cap, and is slower.
+A loop around the head's own forward, and not ``F.linear_cross_entropy`` (torch 2.13), which takes plain weights alone
+and knows no soft cap: 2,048 x 576 rows, 49,152 words, two CPU cores, in chunks of 512 rows, it took 0.74 times whole
+logits' time in float32 and this 0.78, but in bfloat16 2.3 and 1.1, with a loss that is off by 4e-3 and here by 7e-6
+(``python -m benchmarks.loss``). One float32 buffer holds a chunk's logits, then their exponentials, then their
+gradient.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal
 
 import torch
@@ -20,13 +25,20 @@ _SCALED_AT_ONCE = 1 << 22
 """Elements of a 16-bit gradient that are in float32 at one time."""
 
 
-_SMALLEST = {"cpu": 1 << 21, "gpu": 1 << 24}
-"""Logits in a chunk below which time is lost: to reading the weights again on a CPU, to launches on a GPU."""
+LEAST_ROWS = 128
+"""Below it a CPU is busy with reading the weights again: 0.99 times whole logits' time with 128 rows in float32,
+1.4 with 64, 2.2 with 32 (``benchmarks.loss``). No device is asked for less."""
 
 
-def smallest_chunk(device: torch.device, kind: str | None = None) -> int:
-    """The same for a device."""
-    return _SMALLEST[kind or ("cpu" if device.type == "cpu" else "gpu")]
+def smallest_chunk(device: torch.device, vocabulary: int, *, gpu: bool | None = None) -> int:
+    """Rows of a chunk below which time is lost.
+
+    A product reads all weights for each chunk: a fast GPU's takes 170 operations a byte read, and so many rows in 16
+    bits; small vocabularies must make up for the launches, some twenty a chunk, with 2^24 logits.
+    """
+    if gpu or (gpu is None and device.type != "cpu"):
+        return max(2 * LEAST_ROWS, (1 << 24) // vocabulary)
+    return max(LEAST_ROWS, (1 << 20) // vocabulary)
 
 
 def chunk_rows(rows: int, width: int, vocabulary: int, device: torch.device, *, trained: bool) -> int:
@@ -37,8 +49,8 @@ def chunk_rows(rows: int, width: int, vocabulary: int, device: torch.device, *, 
     ``smallest_chunk``; and where the head's weights have gradients, of ``vocabulary * width`` elements, so many rows
     that a chunk's logits are a quarter of that, since each chunk adds to all of them.
     """
-    wanted = max(rows * width // (4 * vocabulary), smallest_chunk(device) // vocabulary, width // 4 if trained else 0)
-    return -(-max(wanted, 1) // 16) * 16
+    wanted = max(rows * width // (4 * vocabulary), smallest_chunk(device, vocabulary), width // 4 if trained else 0)
+    return -(-wanted // 16) * 16
 
 
 def check_labels(labels: torch.Tensor, vocabulary: int, ignore_index: int) -> None:
@@ -67,15 +79,22 @@ def _leaves_output_alone(call: HeadCall) -> bool:
 
 
 def _chunk(
-    call: HeadCall, hidden: torch.Tensor, labels: torch.Tensor, smoothing: float, needed: tuple[bool, ...]
+    call: HeadCall,
+    hidden: torch.Tensor,
+    labels: torch.Tensor,
+    counted: torch.Tensor,
+    smoothing: float,
+    needed: tuple[bool, ...],
 ) -> tuple[torch.Tensor, tuple[torch.Tensor | None, ...]]:
-    """Losses [n] of rows [n, H] with labels [n], and the gradients of their sum: hidden's, then the parameters'."""
+    """Losses [n] of rows [n, H] with labels [n], and the gradients of their sum: hidden's, then the parameters'.
+
+    Rows that are not ``counted`` [n] have loss and gradient 0, whatever their label.
+    """
     recorded = any(needed)
     with torch.set_grad_enabled(recorded):
         leaf = hidden.detach().requires_grad_(needed[0])
         logits = call.compute(leaf)
     wide = torch.promote_types(logits.dtype, torch.float32)
-    # From here one buffer in float32 holds the logits, then exp(logits - top), then the gradient.
     values = logits.detach().to(wide)
     if recorded and wide == logits.dtype and not _leaves_output_alone(call):
         values = values.clone()
@@ -87,13 +106,14 @@ def _chunk(
     if smoothing:
         likely = (1 - smoothing) * likely + smoothing * values.mean(-1, keepdim=True)
     total = values.exp_().sum(-1, keepdim=True)
-    losses = (total.log() - likely).squeeze(1)
+    uncounted, share = ~counted[:, None], counted[:, None].to(wide)
+    losses = (total.log() - likely).masked_fill_(uncounted, 0).squeeze(1)
     if edge is None:
         return losses, ()
-    values.div_(total)
+    values.div_(total.masked_fill_(uncounted, math.inf))
     if smoothing:
-        values.sub_(smoothing / values.shape[-1])
-    values.scatter_(1, picked, values.gather(1, picked).sub_(1 - smoothing))
+        values.sub_(share * (smoothing / values.shape[-1]))
+    values.scatter_(1, picked, values.gather(1, picked).sub_(share * (1 - smoothing)))
     inputs = [tensor for tensor, need in zip((leaf, *call.head.parameters), needed, strict=True) if need]
     found = iter(torch.autograd.grad(edge, inputs, values.to(narrow), allow_unused=True))
     return losses, tuple(next(found) if need else None for need in needed)
@@ -112,6 +132,10 @@ def _scaled(gradient: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         part = slice(start, start + rows)
         result[part] = gradient[part].to(scale.dtype) * (scale if scale.ndim == 0 else scale[part])
     return result
+
+
+_FEW = 7 / 8
+"""Where no more of the rows than this have a label (a masked model's, an answer's), the others are left out."""
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
@@ -142,9 +166,10 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         chosen: torch.Tensor | None = None
         if not isinstance(labels, FakeTensor):  # whose labels nobody knows
             check_labels(labels, call.sample.shape[-1], ignore_index)
-            chosen = counted.nonzero().squeeze(1)  # rows without a loss need no logits
-            if len(chosen) == len(labels):
+            chosen = counted.nonzero().squeeze(1)
+            if len(chosen) > _FEW * len(labels):
                 chosen = None
+        safe = labels.masked_fill(~counted, 0)
         losses = torch.zeros(len(labels), dtype=wide, device=hidden.device)
         found: list[torch.Tensor | None] = [None] * len(needed)
         if needed[0]:
@@ -156,7 +181,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             part: Any = slice(start, start + rows)
             if chosen is not None:
                 part = chosen[part]
-            losses[part], gradients = _chunk(call, hidden[part], labels[part], smoothing, needed)
+            losses[part], gradients = _chunk(call, hidden[part], safe[part], counted[part], smoothing, needed)
             for index, gradient in enumerate(gradients):
                 if gradient is None:
                     continue

@@ -109,7 +109,8 @@ class HeadCall:
             own = [parameter for parameter in parameters_of(module) if parameter.requires_grad]
             parameters = own if type(module) is nn.Linear else leaves_behind(output)
         head = Head(module, forward, autocast, tuple(parameters))
-        watched = tuple((tensor, version_of(tensor)) for tensor in (hidden, *parameters))
+        everything = {id(tensor): tensor for tensor in (hidden, *parameters, *parameters_of(module))}
+        watched = tuple((tensor, version_of(tensor)) for tensor in everything.values())
         recorded = torch.is_grad_enabled() and (hidden.requires_grad or bool(parameters))
         return cls(head, hidden, (), output.detach(), watched, recorded)
 
