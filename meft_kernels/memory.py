@@ -34,8 +34,8 @@ def host_allocation() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def shortened_tiles() -> Iterator[None]:
-    """Inside, :func:`tiles` leaves the middle of a loop out."""
+def shortening() -> Iterator[None]:
+    """Inside, :func:`shortened` leaves the middle of a loop out."""
     token = _shortened.set(True)
     try:
         yield
@@ -43,7 +43,7 @@ def shortened_tiles() -> Iterator[None]:
         _shortened.reset(token)
 
 
-def tiles(pieces: Sequence[T]) -> Sequence[T]:
+def shortened(pieces: Sequence[T]) -> Sequence[T]:
     """What a loop over equal pieces goes through: all of them, but where tensors hold no data and only bytes count.
 
     There the first two and the last two do: the first makes what is summed up, and the last may be smaller. So it is

@@ -114,7 +114,7 @@ def test_leaving_equal_tiles_out_changes_no_byte(rival: str, monkeypatch: pytest
     config.vocab_size = 32768
     monkeypatch.setattr(chunks, "_SCALED_AT_ONCE", 64 * 64)
     short = Estimator(config, torch.bfloat16, 2, RANK, gpu=False).step(RIVALS[rival], 310)
-    monkeypatch.setattr(twin, "shortened_tiles", contextlib.nullcontext)
+    monkeypatch.setattr(twin, "shortening", contextlib.nullcontext)
     assert Estimator(config, torch.bfloat16, 2, RANK, gpu=False).step(RIVALS[rival], 310) == short
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch._subclasses import FakeTensorMode
 
-from meft_kernels.memory import LiveTensorMeter, host_allocation, shortened_tiles, tiles
+from meft_kernels.memory import LiveTensorMeter, host_allocation, shortened, shortening
 
 KIB = 1024
 
@@ -199,7 +199,7 @@ def test_what_lies_beside_the_device_is_the_hosts():
 
 def test_tiles_are_all_of_them_outside_of_a_simulation():
     pieces = range(0, 100, 10)
-    assert tiles(pieces) is pieces
-    with shortened_tiles():
-        assert tiles(pieces) == [0, 10, 80, 90] and tiles(range(4)) == range(4)
-    assert tiles(pieces) is pieces
+    assert shortened(pieces) is pieces
+    with shortening():
+        assert shortened(pieces) == [0, 10, 80, 90] and shortened(range(4)) == range(4)
+    assert shortened(pieces) is pieces

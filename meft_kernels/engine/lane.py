@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..adapters import FusedBranch
+from ..memory import shortened
 from ..ops import Coupled
 from .call import Call, Gradients, edge_of, entering, leaf_of
 from .extras import Extras
@@ -104,6 +105,14 @@ class LanePass:
 
         return call.watched(rows, x, self.seed(_ROWS, number), self.where)
 
+    def _each(self) -> Iterator[tuple[int, Tile]]:
+        """The tiles and their numbers. Where tensors hold no data most are left out, and with them their remainders."""
+        before = -1
+        for number, tile in shortened(list(enumerate(self.tiles))):
+            self.remainders.drop(before + 1, number)
+            before = number
+            yield number, tile
+
     def _fused(self, hidden_states: torch.Tensor) -> FusedBranch | None:
         """The branch for a kernel that couples as well, with the random numbers that ``_branch`` would draw."""
         arithmetic = self.call.tape.arithmetic
@@ -175,7 +184,7 @@ class LanePass:
             self._keep(extras)
             mixed = mixed.detach()
             del extras
-        for number, tile in enumerate(self.tiles):
+        for number, tile in self._each():
             with torch.set_grad_enabled(recording):
                 x = entering(tile.of(center_value if pieces else mixed), recording)
                 context = entering(attended.of(tile), recording) if pieces else None
@@ -209,8 +218,9 @@ class LanePass:
 
     def _note(self, coupled: list[Coupled]) -> torch.Tensor:
         """Keep what the inverse needs, and return the sum of the checksums."""
-        for each in coupled:
-            self.remainders.put(each.remainder)
+        left_out = len(self.tiles) - len(coupled)  # in a simulation, after the second
+        for number, each in enumerate(coupled):
+            self.remainders.put(each.remainder, 1 + left_out if number == 1 else 1)
         if len(coupled) == 1:
             status, checksum = coupled[0].status, coupled[0].checksum
         else:
@@ -344,7 +354,7 @@ class LanePass:
             del outputs, extras
         del center_value
         checksums = []
-        for number, tile in enumerate(self.tiles):
+        for number, tile in self._each():
             with call.again():
                 x = leaf_of(tile.of(mixed))
                 out = self._rows(number, no_leaf(x))
@@ -369,7 +379,7 @@ class LanePass:
             del incoming_of_all, edges, leaf
             if given.wants_center:
                 dx = found[0]
-                for tile in self.tiles:
+                for tile in shortened(self.tiles):
                     self._add(tile, given, None if dx is None else tile.of(dx))
         return torch.stack(checksums).sum()
 
@@ -382,7 +392,7 @@ class LanePass:
         with call.again():
             attended = pieces.attend(self.tiles, read, recording=True, keeping=True)
         checksums = []
-        for number, tile in enumerate(self.tiles):
+        for number, tile in self._each():
             with call.again():
                 x, context = leaf_of(read(tile)), leaf_of(attended.of(tile))
                 out = self._rows(number, no_leaf(x), pieces, no_leaf(context))
@@ -398,7 +408,7 @@ class LanePass:
                 tile.of(given.d_center).add_(dx[0])
             del d_context, dx
         attended.backward()
-        for number, tile in enumerate(self.tiles):
+        for number, tile in shortened(list(enumerate(self.tiles))):
             with call.again():
                 x = leaf_of(read(tile))
                 made = pieces.project(number, tile, no_leaf(x))

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
+from ..memory import shortened
 from ..modules import modules_of
 from .tiles import auto_rows
 
@@ -33,7 +34,8 @@ class _ByRows(torch.autograd.Function):
         (x,) = ctx.saved_tensors
         dx = torch.empty_like(x)
         totals: list[torch.Tensor] | None = None
-        for part, incoming, target in zip(x.split(ctx.rows), dy.split(ctx.rows), dx.split(ctx.rows), strict=True):
+        parts = list(zip(x.split(ctx.rows), dy.split(ctx.rows), dx.split(ctx.rows), strict=True))
+        for part, incoming, target in shortened(parts):
             with torch.enable_grad():
                 leaf = part.detach().requires_grad_()
                 out = ctx.norm.plain(leaf)
@@ -66,7 +68,7 @@ class LeanNorm:
     def by_rows(self, x: torch.Tensor, rows: int) -> torch.Tensor:
         """The same, so many rows at a time: what it makes on its way exists for those alone."""
         out: torch.Tensor | None = None
-        for number, part in enumerate(x.split(rows)):
+        for number, part in shortened(list(enumerate(x.split(rows)))):
             made = self.plain(part)
             if out is None:
                 out = torch.empty_like(x, dtype=made.dtype)

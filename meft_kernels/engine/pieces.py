@@ -16,6 +16,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils._pytree import tree_map_only
 
 from ..architectures import AttentionPieces
+from ..memory import shortened
 from .replay import no_leaf, seeded
 from .tiles import Tile, joined
 
@@ -98,7 +99,7 @@ class AttentionInPieces:
             keeping: whether attention's own graph is kept for :meth:`Attended.backward`.
         """
         qkv: list[torch.Tensor] = []
-        for number, tile in enumerate(tiles):
+        for number, tile in shortened(list(enumerate(tiles))):
             x = read(tile)
             with torch.set_grad_enabled(recording):
                 made = self.project(number, tile, no_leaf(x.detach().requires_grad_(recording)))

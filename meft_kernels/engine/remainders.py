@@ -120,8 +120,15 @@ class Remainders:
         self.next = following
         self._held: list[torch.Tensor | HostCopy | Arriving | None] = []
 
-    def put(self, remainder: torch.Tensor | None) -> None:
-        self._held.append(remainder if remainder is None or self.host is None else self.host.put(remainder))
+    def put(self, remainder: torch.Tensor | None, times: int = 1) -> None:
+        """Hold one more tile's; ``times`` is for simulations, which leave out tiles like this one."""
+        for number in range(times):
+            like = remainder if remainder is None or number == 0 else torch.empty_like(remainder)
+            self._held.append(like if like is None or self.host is None else self.host.put(like))
+
+    def drop(self, start: int, end: int) -> None:
+        """Let go of those that nobody will take."""
+        self._held[start:end] = [None] * max(0, min(end, len(self._held)) - start)
 
     def take(self, number: int) -> torch.Tensor | None:
         """The remainder of one tile, not held here any more; the next one sets out from host memory."""

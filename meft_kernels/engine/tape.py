@@ -10,6 +10,7 @@ import torch
 
 from .. import ops
 from ..errors import NonFiniteError, NotRepeatableError, StreamOverflowError
+from ..memory import shortened
 from .arithmetic import Arithmetic
 from .gradients import HandedDown
 from .remainders import HostMemory, Remainders
@@ -120,7 +121,7 @@ class Tape:
                 return self.arithmetic.value(weights[0][1], self.dtype)
             (w1, x1), (w2, x2) = weights
             out = torch.empty_like(x1, dtype=self.dtype)
-            for tile in cut(x1.shape, auto_rows(x1.device)):  # two wide copies of a few rows, not of all
+            for tile in shortened(cut(x1.shape, auto_rows(x1.device))):  # two wide copies of a few rows, not of all
                 mixed = self.arithmetic.value(tile.of(x1), wide).mul_(w1)
                 tile.of(out).copy_(mixed.add_(self.arithmetic.value(tile.of(x2), wide), alpha=w2))
             return out

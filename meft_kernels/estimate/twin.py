@@ -26,8 +26,9 @@ from transformers.initialization import no_init_weights
 from .. import ops
 from ..adapters import Adapter
 from ..comparison.rivals import Budget, Rival
+from ..engine import tiles as engine_tiles
 from ..loss import chunks
-from ..memory import shortened_tiles
+from ..memory import shortening
 from ..ops.adapter import api as adapter_api
 from ..ops.coupling import api as coupling
 from .quantised import Weights, quantise
@@ -112,6 +113,7 @@ def _kernels_of_a_gpu() -> Iterator[None]:
             (coupling, "use_triton", _use_triton),
             (Adapter, "fused_input", _fused_input),
             (chunks, "smallest_chunk", functools.partial(chunks.smallest_chunk, gpu=True)),
+            (engine_tiles, "AUTO_ROWS", {}),  # of a CPU
             (adapter_api, "check_gradient", lambda *tensors: None),  # all fake tensors have the same address
         ):
             stack.enter_context(mock.patch.object(place, name, value))
@@ -136,7 +138,7 @@ def simulation(*, gpu: bool) -> Iterator[None]:
         # transformers makes dense masks when tensors are fake, because it dares not look at their values: here it may.
         stack.enter_context(mock.patch.object(masking_utils, "is_tracing", is_tracing))
         stack.enter_context(mock.patch.object(torch.utils, "swap_tensors", _set_data))
-        stack.enter_context(shortened_tiles())
+        stack.enter_context(shortening())
         if gpu:
             stack.enter_context(_kernels_of_a_gpu())
         stack.enter_context(_OneFakeMode())

@@ -16,7 +16,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.graph import get_gradient_edge
 
-from ..memory import tiles
+from ..memory import shortened
 from .head_call import HeadCall, refuse_second_order
 
 Reduction = Literal["mean", "sum", "none"]
@@ -128,7 +128,7 @@ def _scaled(gradient: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         return gradient * scale
     result = torch.empty_like(gradient)
     rows = max(1, _SCALED_AT_ONCE // max(1, gradient[:1].numel()))
-    for start in tiles(range(0, len(gradient), rows)):
+    for start in shortened(range(0, len(gradient), rows)):
         part = slice(start, start + rows)
         result[part] = gradient[part].to(scale.dtype) * (scale if scale.ndim == 0 else scale[part])
     return result
@@ -177,7 +177,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         todo = len(labels) if chosen is None else len(chosen)
         if not todo:
             found[1:] = [torch.zeros_like(p) if need else None for p, need in zip(parameters, needed[1:], strict=True)]
-        for start in tiles(range(0, todo, rows)):
+        for start in shortened(range(0, todo, rows)):
             part: Any = slice(start, start + rows)
             if chosen is not None:
                 part = chosen[part]

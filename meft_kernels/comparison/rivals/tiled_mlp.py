@@ -16,7 +16,7 @@ from torch.utils.checkpoint import get_device_states, set_device_states
 
 from ...architectures import LayerSpec
 from ...config import MeftConfig
-from ...memory import tiles
+from ...memory import shortened
 from ...state import unwrap
 from ...targets import find_layers, find_spec
 from .base import UnavailableRivalError
@@ -53,7 +53,7 @@ class _Tiled(torch.autograd.Function):
         ctx.save_for_backward(hidden)
         ctx.forward, ctx.rows, ctx.trained, ctx.surroundings = forward, rows, trained, _Surroundings(hidden)
         out: torch.Tensor | None = None
-        for start in tiles(range(0, len(hidden), rows)):
+        for start in shortened(range(0, len(hidden), rows)):
             tile = slice(start, start + rows)
             made = forward(hidden[None, tile])[0]
             if out is None:
@@ -69,7 +69,7 @@ class _Tiled(torch.autograd.Function):
         d_hidden = torch.empty_like(hidden)
         d_trained: list[torch.Tensor | None] = [None] * len(ctx.trained)
         with ctx.surroundings.again():
-            for start in tiles(range(0, len(hidden), ctx.rows)):
+            for start in shortened(range(0, len(hidden), ctx.rows)):
                 tile = slice(start, start + ctx.rows)
                 d_hidden[tile], *found = _tile_backward(ctx.forward, hidden[tile], ctx.trained, d_out[tile])
                 for place, gradient in enumerate(found):
