@@ -1,8 +1,8 @@
 """Cross-entropy from hidden states, chunk of rows by chunk of rows, with its gradients made in forward.
 
 A loop around the head's own forward, and not ``F.linear_cross_entropy`` (torch 2.13), which takes plain weights alone
-and knows no soft cap: 2,048 x 576 rows, 49,152 words, two CPU cores, in chunks of 512 rows, it took 0.74 times whole
-logits' time in float32 and this 0.78, but in bfloat16 2.3 and 1.1, with a loss that is off by 4e-3 and here by 7e-6
+and knows no soft cap: 2,048 x 576 rows, 49,152 words, two CPU cores, in chunks of 512 rows, it took 0.82 times whole
+logits' time in float32 and this 0.71, in bfloat16 2.3 and 1.1, with a loss that is off by 4e-3 and here by 7e-6
 (``python -m benchmarks.loss``). One float32 buffer holds a chunk's logits, then their exponentials, then their
 gradient.
 """
@@ -26,8 +26,8 @@ _SCALED_AT_ONCE = 1 << 22
 
 
 LEAST_ROWS = 128
-"""Below it a CPU is busy with reading the weights again: 0.99 times whole logits' time with 128 rows in float32,
-1.4 with 64, 2.2 with 32 (``benchmarks.loss``). No device is asked for less."""
+"""Below it a CPU is busy with reading the weights again: 1.06 times whole logits' time with 128 rows in float32,
+1.7 with 64, 2.2 with 32 (``benchmarks.loss``). No device is asked for less."""
 
 
 def smallest_chunk(device: torch.device, vocabulary: int, *, gpu: bool | None = None) -> int:
