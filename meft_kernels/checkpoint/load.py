@@ -21,7 +21,19 @@ from .base_model import check_base, is_fingerprint
 from .files import CONFIG_NAME, FORMAT, WEIGHTS_NAME, is_extra_state, read_json, read_shapes, read_tensors, saved_names
 
 _DOWN = f".{ADAPTERS}.ffn.down.weight"
-_RUN_SETTINGS = ("engine", "impl", "reversible_layers", "compile_layers", "loss", "loss_rows")
+_RUN_SETTINGS = (
+    "engine",
+    "impl",
+    "reversible_layers",
+    "compile_layers",
+    "tile",
+    "attention",
+    "lean_norms",
+    "inplace_gradients",
+    "remainders",
+    "loss",
+    "loss_rows",
+)
 """Settings that change how the numbers are computed and not which; they are not taken from a file."""
 _START_SETTINGS = ("down_init_std", "up_init_std")
 """Settings without effect once weights are loaded."""

@@ -49,6 +49,9 @@ class Layer(Protocol):
     def tiles(self, branch: Branch, hidden_states: torch.Tensor) -> list[Tile]:
         """The rows at a time for which :meth:`rows` is to be called; one tile where :meth:`run` is."""
 
+    def check_blocks(self, hidden_states: torch.Tensor, kwargs: dict[str, Any], seed: int | None) -> None:
+        """Hold the family's blocks against the layer, before :meth:`mix` and :meth:`rows` stand in for it."""
+
     def mixes(self, branch: Branch) -> bool:
         """Whether the branch begins with a part that no tile can compute for itself."""
 

@@ -11,19 +11,16 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..adapters import FusedBranch
 from ..memory import shortened
 from ..ops import Coupled
+from .branch import LaneBranch
 from .call import Call, Gradients, edge_of, entering, leaf_of
 from .extras import Extras
 from .pieces import AttentionInPieces
 from .remainders import Remainders
-from .replay import draw_seed, no_leaf, seeded
-from .tiles import WHOLE, Tile, joined
+from .replay import no_leaf
+from .tiles import Tile, joined
 from .variants import Lane
-
-_WHOLE, _ROWS = 0, 1
-"""Kinds of parts of a lane, each of which draws random numbers of its own; ``pieces`` has two more."""
 
 
 class Undoing(NamedTuple):
@@ -44,86 +41,30 @@ class Undoing(NamedTuple):
 
 
 class LanePass:
-    """See above. ``checksum`` is that of the stream which the inverse must give back."""
+    """One lane of one layer in one forward pass.
+
+    Attributes:
+        call: the layer's call that it is part of.
+        branch: computes what the lane adds.
+        checksum: of the stream that the inverse must give back.
+        remainders: what the inverse needs beside the streams.
+    """
 
     def __init__(self, call: Call, lane: Lane) -> None:
         self.call = call
         self.lane = lane
+        self.branch = LaneBranch(call, lane)
         self.checksum: torch.Tensor = call.tape.checksums[0]
         self.remainders = Remainders(call.tape.host, call.tape.latest)
         call.tape.latest = self.remainders
-        self.tiles = WHOLE
-
-    @property
-    def is_identity(self) -> bool:
-        """Whether the lane only hands its stream on: no adapter in it, and coefficient 1."""
-        return not self.call.layer.has(self.lane.branch) and self.lane.coefficient == 1
-
-    @property
-    def reads_by_tile(self) -> bool:
-        """Whether the recompute makes what it needs of the center's value tile by tile, after a forward."""
-        return len(self.tiles) > 1 and self._pieces() is not None
-
-    @property
-    def where(self) -> str:
-        return f"{self.lane.name} ({self.lane.branch.replace('_', ' ')}) of {self.call.layer.name}"
-
-    def seed(self, kind: int = _WHOLE, number: int = 0) -> int | None:
-        """Of a part of the branch. Layers and lanes lie closer together than parts do: 2^40 apart, 2^22 of them."""
-        base = self.call.tape.seed
-        if base is None:
-            return None
-        return base + 2 * self.call.layer.index + (self.lane.name == "G") + (kind << 60) + (number << 40)
-
-    # ------------------------------------------------------------------ the branch and its parts
-
-    def _branch(self, x: torch.Tensor) -> tuple[torch.Tensor, tuple[Any, ...] | None]:
-        call = self.call
-        return call.watched(lambda x: call.layer.run(self.lane.branch, x, call.kwargs), x, self.seed(), self.where)
-
-    def _mixed(self, x: torch.Tensor) -> tuple[torch.Tensor, tuple[Any, ...] | None]:
-        """What the tiles start from, and what else the layer returns."""
-        call = self.call
-        if not call.layer.mixes(self.lane.branch):
-            return x, None
-        return call.watched(lambda x: call.layer.mix(x, call.kwargs), x, self.seed(), self.where)
-
-    def _rows(
-        self,
-        number: int,
-        x: torch.Tensor,
-        pieces: AttentionInPieces | None = None,
-        attended: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """The rest of the branch, of one tile; with attention in pieces, from what attention gave."""
-        call = self.call
-
-        def rows(x: torch.Tensor) -> torch.Tensor:
-            if pieces is not None and attended is not None:
-                x = pieces.output(self.tiles[number], x, attended)
-            return call.layer.rows(self.lane.branch, x, call.kwargs)
-
-        return call.watched(rows, x, self.seed(_ROWS, number), self.where)
 
     def _each(self) -> Iterator[tuple[int, Tile]]:
         """The tiles and their numbers. Where tensors hold no data most are left out, and with them their remainders."""
         before = -1
-        for number, tile in shortened(list(enumerate(self.tiles))):
+        for number, tile in shortened(list(enumerate(self.branch.tiles))):
             self.remainders.drop(before + 1, number)
             before = number
             yield number, tile
-
-    def _fused(self, hidden_states: torch.Tensor) -> FusedBranch | None:
-        """The branch for a kernel that couples as well, with the random numbers that ``_branch`` would draw."""
-        arithmetic = self.call.tape.arithmetic
-        branch = self.call.layer.fused(self.lane.branch, hidden_states) if arithmetic.fuses else None
-        if branch is not None and branch.dropout:
-            with seeded(self.seed(), hidden_states.device):
-                branch = branch._replace(seed=draw_seed())
-        return branch
-
-    def _pieces(self) -> AttentionInPieces | None:
-        return self.call.layer.pieces(self.lane.branch, self.call.kwargs, self.seed)
 
     # ------------------------------------------------------------------ forward
 
@@ -143,14 +84,14 @@ class LanePass:
         """
         tape, lane = self.call.tape, self.lane
         value_dtype = tape.dtype if wants_value else None
-        fused = self._fused(center_value)
+        fused = self.branch.fused(center_value)
         if fused is not None:
             coupled = tape.arithmetic.couple_adapter(
                 a, fused, lane.coefficient, center if lane.centered else None, value_dtype
             )
             return self._note([coupled]), coupled.value
-        self.tiles = self.call.layer.tiles(lane.branch, center_value)
-        one = len(self.tiles) == 1
+        self.branch.tiles = self.call.layer.tiles(lane.branch, center_value)
+        one = len(self.branch.tiles) == 1
         value = torch.empty_like(a, dtype=value_dtype) if value_dtype is not None and not one else None
         done = []
         for tile, branch in self._outputs(center_value, recording):
@@ -169,18 +110,20 @@ class LanePass:
         With ``recording`` it runs with grad enabled although its graph is dropped at once: kernels may be chosen by it,
         and the recompute in backward needs it.
         """
-        if len(self.tiles) == 1:
+        if len(self.branch.tiles) == 1:
             with torch.set_grad_enabled(recording):
-                branch, extras = self._branch(entering(center_value, recording))
+                branch, extras = self.branch.whole(entering(center_value, recording))
             self._keep(extras)
-            yield self.tiles[0], branch.detach()
+            yield self.branch.tiles[0], branch.detach()
             return
-        pieces = self._pieces()
+        if self.lane.branch == "layer":
+            self.call.layer.check_blocks(center_value, self.call.kwargs, self.branch.seed())
+        pieces = self.branch.pieces()
         if pieces is not None:
-            attended = pieces.attend(self.tiles, lambda tile: tile.of(center_value), recording=recording)
+            attended = pieces.attend(self.branch.tiles, lambda tile: tile.of(center_value), recording=recording)
         else:
             with torch.set_grad_enabled(recording):
-                mixed, extras = self._mixed(entering(center_value, recording))
+                mixed, extras = self.branch.mixed(entering(center_value, recording))
             self._keep(extras)
             mixed = mixed.detach()
             del extras
@@ -188,7 +131,7 @@ class LanePass:
             with torch.set_grad_enabled(recording):
                 x = entering(tile.of(center_value if pieces else mixed), recording)
                 context = entering(attended.of(tile), recording) if pieces else None
-                out = self._rows(number, x, pieces, context).detach()
+                out = self.branch.rows(number, x, pieces, context).detach()
             del x, context
             yield tile, out
             del out
@@ -218,7 +161,7 @@ class LanePass:
 
     def _note(self, coupled: list[Coupled]) -> torch.Tensor:
         """Keep what the inverse needs, and return the sum of the checksums."""
-        left_out = len(self.tiles) - len(coupled)  # in a simulation, after the second
+        left_out = len(self.branch.tiles) - len(coupled)  # in a simulation, after the second
         for number, each in enumerate(coupled):
             self.remainders.put(each.remainder, 1 + left_out if number == 1 else 1)
         if len(coupled) == 1:
@@ -227,7 +170,7 @@ class LanePass:
             # NON_FINITE comes with OVERFLOW or where there is no other: the greatest status has all that matters.
             status = torch.stack([each.status for each in coupled]).amax()
             checksum = torch.stack([each.checksum for each in coupled]).sum()
-        self.call.tape.statuses.append((self.where, status))
+        self.call.tape.statuses.append((self.branch.where, status))
         return checksum
 
     def move_with_graph(
@@ -239,25 +182,25 @@ class LanePass:
             What the lane made, the branch with its graph, and what else the layer returned.
         """
         lane, tape = self.lane, self.call.tape
-        self.tiles = self.call.layer.tiles(lane.branch, center_carrier)
-        if len(self.tiles) == 1:
-            branch, extras = self._branch(center_carrier)
+        self.branch.tiles = self.call.layer.tiles(lane.branch, center_carrier)
+        if len(self.branch.tiles) == 1:
+            branch, extras = self.branch.whole(center_carrier)
         else:
             extras = None
-            pieces = self._pieces()
+            pieces = self.branch.pieces()
             if pieces is not None:
-                attended = pieces.attend_with_graph(self.tiles, center_carrier)
+                attended = pieces.attend_with_graph(self.branch.tiles, center_carrier)
                 parts = [
-                    self._rows(number, tile.of(center_carrier), pieces, attended.of(tile))
-                    for number, tile in enumerate(self.tiles)
+                    self.branch.rows(number, tile.of(center_carrier), pieces, attended.of(tile))
+                    for number, tile in enumerate(self.branch.tiles)
                 ]
             else:
-                mixed, extras = self._mixed(center_carrier)
-                parts = [self._rows(number, tile.of(mixed)) for number, tile in enumerate(self.tiles)]
+                mixed, extras = self.branch.mixed(center_carrier)
+                parts = [self.branch.rows(number, tile.of(mixed)) for number, tile in enumerate(self.branch.tiles)]
             branch = joined(parts, center_carrier.shape)
         with torch.no_grad():
             coupled = self._couple(Tile(), a, branch.detach(), center, tape.dtype, inplace=False)
-        self.call.tape.statuses.append((self.where, coupled.status))
+        self.call.tape.statuses.append((self.branch.where, coupled.status))
         return coupled, branch, extras
 
     # ------------------------------------------------------------------ backward
@@ -272,13 +215,13 @@ class LanePass:
             wants_value: whether the value of the rebuilt stream is wanted.
         """
         tape, lane = self.call.tape, self.lane
-        if len(self.tiles) > 1 and (pieces := self._pieces()) is not None:
+        if len(self.branch.tiles) > 1 and (pieces := self.branch.pieces()) is not None:
             checksum = self._undo_pieces(given, pieces, gradients)
         else:
             if center_value is None:
                 center_value = tape.arithmetic.value(given.center, tape.dtype)
             with tape.autocast.restored():
-                fused = self._fused(center_value)
+                fused = self.branch.fused(center_value)
             if fused is not None:
                 undone = tape.arithmetic.uncouple_adapter(
                     given.y,
@@ -293,11 +236,11 @@ class LanePass:
                 self.call.collect(zip(fused.weights, undone.gradients, strict=True), gradients)
                 if lane.centered:
                     given.d_center.sub_(given.dy * lane.coefficient)
-                tape.comparisons.append((self.where, undone.checksum, self.checksum))
+                tape.comparisons.append((self.branch.where, undone.checksum, self.checksum))
                 return undone.value
-            undo = self._undo_whole if len(self.tiles) == 1 else self._undo_tiles
+            undo = self._undo_whole if len(self.branch.tiles) == 1 else self._undo_tiles
             checksum = undo(given, center_value, gradients)
-        tape.comparisons.append((self.where, checksum, self.checksum))
+        tape.comparisons.append((self.branch.where, checksum, self.checksum))
         # Only after the branch's backward, so that no more is held meanwhile.
         return tape.arithmetic.value(given.y, tape.dtype) if wants_value else None
 
@@ -325,18 +268,18 @@ class LanePass:
         call = self.call
         with call.again():
             leaf = leaf_of(center_value)
-            branch, extras = self._branch(no_leaf(leaf))
+            branch, extras = self.branch.whole(no_leaf(leaf))
         outputs = [branch] if extras is None else [branch, *call.extras.again(extras)]
         edges = [edge_of(output) for output in outputs]
         # A branch's backward may write into what it is given (Liger's norms do), and into what the branch gave.
         incoming = [given.dy.to(branch.dtype, copy=True), *(given.d_extras if len(edges) > 1 else ())]
-        checksum = self._uncouple(0, self.tiles[0], given, branch.detach())
+        checksum = self._uncouple(0, self.branch.tiles[0], given, branch.detach())
         del branch, outputs, extras
         leaves = [leaf] if given.wants_center else []
         found = call.differentiate(edges, incoming, leaves, gradients)
         del leaf, edges, incoming, leaves
         if given.wants_center:
-            self._add(self.tiles[0], given, found[0])
+            self._add(self.branch.tiles[0], given, found[0])
         return checksum
 
     def _undo_tiles(self, given: Undoing, center_value: torch.Tensor, gradients: Gradients) -> torch.Tensor:
@@ -346,7 +289,7 @@ class LanePass:
         if mixes:
             with call.again():
                 leaf = leaf_of(center_value)
-                mixed, extras = self._mixed(no_leaf(leaf))
+                mixed, extras = self.branch.mixed(no_leaf(leaf))
             outputs = [mixed] if extras is None else [mixed, *call.extras.again(extras)]
             edges = [edge_of(output) for output in outputs]
             # A copy, into which gradients will be written: the graph may hold what it gave.
@@ -357,7 +300,7 @@ class LanePass:
         for number, tile in self._each():
             with call.again():
                 x = leaf_of(tile.of(mixed))
-                out = self._rows(number, no_leaf(x))
+                out = self.branch.rows(number, no_leaf(x))
             checksums.append(self._uncouple(number, tile, given, out.detach()))
             incoming = tile.of(given.dy).to(out.dtype, copy=True)
             edge = edge_of(out)
@@ -379,7 +322,7 @@ class LanePass:
             del incoming_of_all, edges, leaf
             if given.wants_center:
                 dx = found[0]
-                for tile in shortened(self.tiles):
+                for tile in shortened(self.branch.tiles):
                     self._add(tile, given, None if dx is None else tile.of(dx))
         return torch.stack(checksums).sum()
 
@@ -390,12 +333,12 @@ class LanePass:
             return tape.arithmetic.value(tile.of(given.center), tape.dtype)
 
         with call.again():
-            attended = pieces.attend(self.tiles, read, recording=True, keeping=True)
+            attended = pieces.attend(self.branch.tiles, read, recording=True, keeping=True)
         checksums = []
         for number, tile in self._each():
             with call.again():
                 x, context = leaf_of(read(tile)), leaf_of(attended.of(tile))
-                out = self._rows(number, no_leaf(x), pieces, no_leaf(context))
+                out = self.branch.rows(number, no_leaf(x), pieces, no_leaf(context))
             checksums.append(self._uncouple(number, tile, given, out.detach()))
             incoming = tile.of(given.dy).to(out.dtype, copy=True)
             edge = edge_of(out)
@@ -408,7 +351,7 @@ class LanePass:
                 tile.of(given.d_center).add_(dx[0])
             del d_context, dx
         attended.backward()
-        for number, tile in shortened(list(enumerate(self.tiles))):
+        for number, tile in shortened(list(enumerate(self.branch.tiles))):
             with call.again():
                 x = leaf_of(read(tile))
                 made = pieces.project(number, tile, no_leaf(x))

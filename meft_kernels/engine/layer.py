@@ -14,15 +14,18 @@ from torch import nn
 from ..adapters import Adapter, FfnTap, FusedBranch
 from ..architectures import LayerSpec
 from ..config import MeftConfig
-from ..errors import ReversibleUsageError
+from ..errors import ReversibleUsageError, UnsupportedModelError
 from ..notices import warn_once
 from .arguments import caches_in, without_cache
 from .compiling import compiled_for, why_not_compiled
 from .pieces import AttentionInPieces, Seeds, why_whole
+from .replay import seeded
 from .tiles import WHOLE, Tile, auto_rows, cut
 from .variants import Branch, Plan
 
 logger = logging.getLogger(__name__)
+
+_PACKAGE = __name__.split(".")[0] + "."
 
 ADAPTERS = "meft"
 """Name of the submodule that holds a layer's adapters."""
@@ -64,6 +67,7 @@ class PatchedLayer:
         self.name = f"{stack.name}.{index}"
         self.adapter = adapter
         self.tap = tap
+        self._blocks_checked = False
         self._instance_forward = vars(module).get("forward")  # another library's, bound before ours
         # The class's own names: an instance's forward may be somebody's `(*args, **kwargs)`.
         self._parameters = [
@@ -135,6 +139,32 @@ class PatchedLayer:
                 self.tap.forget()
             raise
         return hidden_states if extras is None else (hidden_states, *extras)
+
+    def check_blocks(self, hidden_states: torch.Tensor, kwargs: dict[str, Any], seed: int | None) -> None:
+        """Before its blocks stand in for the layer for the first time, hold them against it, for all rows at once.
+
+        Those of the families in this package are tested; a user's own are held to what they say.
+
+        Raises:
+            UnsupportedModelError: they are not the layer.
+        """
+        if self._blocks_checked:
+            return
+        blocks = self.spec.attention_block, self.spec.mlp_block
+        if not all(block.__module__.startswith(_PACKAGE) for block in blocks):
+            call = without_cache(kwargs)
+            with torch.no_grad():
+                with seeded(seed, hidden_states.device):
+                    expected = self.original(hidden_states, **call)
+                with seeded(seed, hidden_states.device):
+                    same = self.blocks_give(expected, hidden_states, **call)
+            if not same:
+                raise UnsupportedModelError(
+                    f"attention_block and mlp_block of {self.name}'s ArchitectureSpec, called one after the other, do "
+                    "not compute what the layer does, so it cannot be run in tiles: mend them, say "
+                    "in_turn=lambda config: False in its LayerSpec, or pass tile='off'"
+                )
+        self._blocks_checked = True
 
     def blocks_give(self, output: Any, *args: Any, **kwargs: Any) -> bool:
         """Whether the family's two blocks, called as the layer was, give the same bits and as many things as it did."""

@@ -27,7 +27,7 @@ LEAST_ROWS_OF_HEADS = 2**16
 multiprocessors), so that short texts have fewer groups."""
 
 PROJECT, ATTEND = 2, 3
-"""Kinds of parts that draw random numbers; see ``LanePass.seed``."""
+"""Kinds of parts that draw random numbers; see ``LaneBranch.seed``."""
 
 
 class Seeds(Protocol):

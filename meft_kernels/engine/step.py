@@ -73,7 +73,7 @@ class Step:
         for lane in (self.first, self.second):
             wants_value = lane is self.first or not plan.switched
             lane.checksum = a_sum
-            if lane.is_identity:
+            if lane.branch.is_identity:
                 y_sum, value = a_sum, tape.arithmetic.value(a, tape.dtype) if wants_value else None
             else:
                 y_sum, value = lane.move(a, center, center_value, recording=recording, wants_value=wants_value)
@@ -98,7 +98,7 @@ class Step:
         a, center, a_carrier, center_carrier = tape.x1, tape.x2, other, main
         for lane in (self.first, self.second):
             branch = None
-            if lane.is_identity:
+            if lane.branch.is_identity:
                 y, value = a, tape.arithmetic.value(a, tape.dtype)
             else:
                 coupled, branch, made = lane.move_with_graph(a, center, center_carrier)
@@ -150,9 +150,9 @@ class Step:
         center_value: torch.Tensor | None = None
         for lane in (self.second, self.first):
             last = lane is self.first
-            wants_value = not (last or self.first.reads_by_tile)
+            wants_value = not (last or self.first.branch.reads_by_tile)
             value: torch.Tensor | None = None
-            if not lane.is_identity:
+            if not lane.branch.is_identity:
                 if not owns_center:
                     d_center, owns_center = d_center.clone(memory_format=torch.contiguous_format), True
                 wants_center = wants_input or not last

@@ -98,6 +98,9 @@ def test_verify_finds_blocks_that_are_not_the_layer(wrong: str) -> None:
     assert report.bit_exact
     assert not report.blocks_match
     assert "blocks are the layer" in str(report)
+    in_tiles = meft_kernels.patch(tiny("llama"), tile=3, fraction_bits=16).train()
+    with pytest.raises(meft_kernels.UnsupportedModelError, match="do not compute what the layer does"):
+        in_tiles(**batch)
 
 
 REMOTE_CODE = """
