@@ -142,3 +142,9 @@ def test_verify_says_exact() -> None:
 def test_bad_value() -> None:
     with pytest.raises(ValueError, match="compile_layers must be True or False"):
         meft_kernels.patch(tiny("llama"), compile_layers="inductor")
+
+
+def test_exact_in_tiles() -> None:
+    """The blocks are compiled apart, each for every tile and layer."""
+    assert_exact("llama", tile=3)
+    assert_exact("bert", tile=3)

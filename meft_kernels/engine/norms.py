@@ -8,6 +8,7 @@ holds anyway. The formula stays the module's own, and so do its bits.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -95,17 +96,19 @@ class LeanNorm:
         return type(self.module).forward(self.module, *args, **kwargs)
 
 
-def lean_norms(model: nn.Module, rows: int | None) -> list[LeanNorm]:
+def lean_norms(model: nn.Module, rows: int | None, outside: Iterable[nn.Module] = ()) -> list[LeanNorm]:
     """For every norm in the model that transformers writes in plain torch, the last one above the layers among them.
 
     Args:
         model: whose norms.
         rows: how many at a time; None: as many as a tile has.
+        outside: modules whose norms are left as they are.
 
     Returns:
         One for each, none of which is bound yet.
     """
-    return [LeanNorm(module, rows) for module in modules_of(model) if _is_plain(module)]
+    left = {id(part) for module in outside for part in modules_of(module)}
+    return [LeanNorm(module, rows) for module in modules_of(model) if _is_plain(module) and id(module) not in left]
 
 
 def _is_plain(module: nn.Module) -> bool:

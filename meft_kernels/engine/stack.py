@@ -64,7 +64,9 @@ class ReversibleStack:
         self.passes = Passes(self)
         self.arithmetic = self.given_arithmetic(config)
         rows = config.tile if isinstance(config.tile, int) else None
-        self._norms = lean_norms(self.owner, rows) if config.lean_norms else []
+        # A graph is compiled for all layers at once; an object in the place of a norm's forward would tie it to one.
+        compiled = target.layers if config.compile_layers else ()
+        self._norms = lean_norms(self.owner, rows, outside=compiled) if config.lean_norms else []
         for norm in self._norms:
             norm.bind()
         self._handles = [
@@ -105,6 +107,7 @@ class ReversibleStack:
         for handle in self._handles:
             handle.remove()
         # Break the cycles, so that `del model` frees its memory at once.
+        del self.passes
         self.layers.clear()
         self._handles.clear()
         self._norms.clear()

@@ -40,8 +40,9 @@ def make(family: str, fraction_bits: int = 22) -> Any:
     dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     model = minilm(**dropout) if family == "minilm" else tiny(family)
     torch.manual_seed(5)
+    lean = {"tile": 3, "attention": "pieces", "remainders": "host"} if family == "bert" else {}
     # As calibration would choose, and the same everywhere: rounding to coarser steps would show beside 1e-6.
-    return meft_kernels.patch(model, fraction_bits=fraction_bits, **TRAINABLE_START).train()
+    return meft_kernels.patch(model, fraction_bits=fraction_bits, **TRAINABLE_START, **lean).train()
 
 
 def gradients_of(model: Any) -> dict[str, torch.Tensor]:
