@@ -38,6 +38,8 @@ class HandedDown:
 
     def __init__(self, *, enabled: bool = True) -> None:
         self._enabled = enabled
+        if enabled and torch.is_grad_enabled():
+            _alone()  # measured here once, and not in the middle of somebody's backward
         self._ours: list[weakref.ref[torch.Tensor]] = []
 
     def give(self, *gradients: torch.Tensor) -> None:

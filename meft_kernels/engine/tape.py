@@ -88,6 +88,7 @@ class Tape:
         inplace_gradients: bool = True,
     ) -> Tape:
         """Both streams set to the hidden states that enter the stack."""
+        handed_down = HandedDown(enabled=inplace_gradients)
         with torch.no_grad():
             x1, status = arithmetic.enter(hidden_states)
             checksum = arithmetic.checksum(x1)
@@ -103,7 +104,7 @@ class Tape:
                 observer=observer,
                 counts=counts,
                 host=host,
-                handed_down=HandedDown(enabled=inplace_gradients),
+                handed_down=handed_down,
             )
         tape.statuses.append(("the hidden states that enter the reversible layers", status))
         return tape
