@@ -31,3 +31,7 @@ class NonFiniteError(MeftError, FloatingPointError):
 
 class NotRepeatableError(MeftError, RuntimeError):
     """A layer did not compute the same bits in backward as in forward, so the rebuilt inputs are wrong."""
+
+
+class BudgetError(MeftError, ValueError):
+    """No settings make a training step fit into the memory given; the message says what would."""
