@@ -20,9 +20,8 @@ def memory_size(size: Any, name: str = "--gpu") -> int:
     """
     if isinstance(size, int) and not isinstance(size, bool) and size > 0:
         return size
-    found = (
-        re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([GM]i?B)\s*", size, re.IGNORECASE) if isinstance(size, str) else None
-    )
+    text = size if isinstance(size, str) else ""
+    found = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([GM]i?B)\s*", text, re.IGNORECASE)
     count = int(float(found[1]) * _UNITS[found[2].upper()]) if found else 0
     if not count:
         raise ValueError(f"{name} is a size such as 80GB or 79.1GiB, or a whole number of bytes, not {size!r}")

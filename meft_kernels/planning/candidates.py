@@ -30,20 +30,18 @@ def settings_in_order(
     config: Any,
     meft: MeftConfig,
     *,
-    rows: int,
     tokens: int,
-    gpu: bool,
     given: Collection[str],
     allow_coefficient: bool,
 ) -> list[Settings]:
-    """All of them with every layer reversible (or as many as were given), each needing less than the one before.
+    """All of them with every layer reversible (or as many as were given).
 
     Args:
         given: names of settings that are kept whatever they cost, beside all that differ from their defaults.
         allow_coefficient: whether what is computed may change.
     """
     default = MeftConfig()
-    free = {name for name in ("attention", "remainders", "tile") if name not in given}
+    free = {name for name in ("attention", "remainders") if name not in given}
     free = {name for name in free if getattr(meft, name) == getattr(default, name)}
     costs = Costs.of(config, tokens)
     made = [Settings({}, "all layers reversible" if meft.reversible_layers is None else "as given", "1.00")]
@@ -72,14 +70,23 @@ def settings_in_order(
                 f"{1 + ways[0][2] + ways[1][2]:.2f}{ways[1][3]}",
             )
         )
-    if "tile" in free and rows * tokens > default_tile(gpu=gpu) // max(SMALLER):
-        last = made[-1]
-        for divisor in SMALLER:
-            tile = default_tile(gpu=gpu) // divisor
-            if tile < rows * tokens:
-                idle = f", {costs.idle(tile):.0%} idle" if gpu else ""
-                what = "" if len(made) == 1 else f"{last.what} + "
-                made.append(Settings({**last.changes, "tile": tile}, f"{what}tile {tile}", last.cost + idle))
+    return made
+
+
+def smaller_tiles(
+    after: Settings, config: Any, meft: MeftConfig, *, rows: int, tokens: int, gpu: bool, given: Collection[str]
+) -> list[Settings]:
+    """The same with smaller tiles, where their size is left open: on top of whatever takes least."""
+    default = default_tile(gpu=gpu)
+    if "tile" in given or meft.tile != MeftConfig().tile or meft.engine != "reversible":
+        return []
+    made = []
+    for divisor in SMALLER:
+        tile = default // divisor
+        if tile < rows * tokens:
+            idle = f", {Costs.of(config, tokens).idle(tile):.0%} idle" if gpu else ""
+            what = f"{after.what} + tile {tile}" if after.changes else f"tile {tile}"
+            made.append(Settings({**after.changes, "tile": tile}, what, after.cost + idle))
     return made
 
 

@@ -15,7 +15,7 @@ from ..estimate.estimator import Estimator
 from ..estimate.quantised import Weights
 from ..estimate.sizes import gib, memory_size
 from ..estimate.step import StepBytes
-from .candidates import Settings, settings_in_order
+from .candidates import Settings, settings_in_order, smaller_tiles
 from .costs import Costs, patched_layers
 from .result import Candidate, Plan, table
 from .subject import Subject, of_config, of_model
@@ -132,34 +132,46 @@ class Search:
         return StepBytes(**{**vars(found), "weights": found.weights + self.subject.beside})
 
     def run(self, *, given: set[str], allow_coefficient: bool) -> Plan:
+        config = self.subject.config
         order = settings_in_order(
-            self.subject.config, self.meft, rows=self.rows, tokens=self.tokens, gpu=self.subject.gpu, given=given,
-            allow_coefficient=allow_coefficient,
-        )  # fmt: skip
+            config, self.meft, tokens=self.tokens, given=given, allow_coefficient=allow_coefficient
+        )
         for number, settings in enumerate(order):
-            estimator = self.estimator(settings.changes)
-            found = self.candidate(settings, self.step(estimator))
-            if found.fits:
-                free = number == 0 and self.meft.engine == "reversible" and self.meft.reversible_layers is None
-                faster = self.fewer_reversible(estimator, found) if free and "reversible_layers" not in given else None
-                self.tried += [found] if faster is None else [found, faster]
-                return self.plan()
+            found = self.candidate(settings)
             self.tried.append(found)
-        raise self.refusal(estimator)
+            if found.fits:
+                free = self.meft.engine == "reversible" and self.meft.reversible_layers is None
+                if number == 0 and free and "reversible_layers" not in given:
+                    self.fewer_reversible(found)
+                return self.plan()
+        least = Settings(self.least.settings, self.least.what, self.least.cost)
+        shape = {"rows": self.rows, "tokens": self.tokens}
+        for settings in smaller_tiles(least, config, self.meft, **shape, gpu=self.subject.gpu, given=given):
+            self.tried.append(self.candidate(settings))
+            if self.tried[-1].fits:
+                return self.plan()
+        raise self.refusal()
 
-    def candidate(self, settings: Settings, step: StepBytes) -> Candidate:
+    @property
+    def least(self) -> Candidate:
+        """What takes the least of all that was tried."""
+        return min(self.tried, key=lambda each: each.step.total)
+
+    def candidate(self, settings: Settings, step: StepBytes | None = None) -> Candidate:
+        """Settings with what they take, simulated if it is not known."""
+        step = step or self.step(self.estimator(settings.changes))
         fits = step.total <= self.memory - self.reserve
         return Candidate(settings.what, settings.cost, settings.changes, step, fits)
 
-    def fewer_reversible(self, estimator: Estimator, all_of_them: Candidate) -> Candidate | None:
+    def fewer_reversible(self, all_of_them: Candidate) -> None:
         """As few reversible layers as fit, which is what their bytes, linear in their number, tell by halving."""
         layers = patched_layers(self.subject.config, self.meft)
         width = self.subject.config.get_text_config().hidden_size
         # A layer's own inputs and attention's queries and output are the least that one keeps.
         least = 4 * self.rows * self.tokens * width * self.subject.dtype.itemsize
         if self.memory - self.reserve - all_of_them.step.total < least:
-            return None
-        known = estimator.with_reversible(layers)
+            return
+        known = self.estimator({}).with_reversible(layers)
         steps: dict[int, StepBytes] = {layers: all_of_them.step}
 
         def fits(count: int) -> bool:
@@ -168,12 +180,11 @@ class Search:
             return steps[count].total <= self.memory - self.reserve
 
         count = least_that_fits(fits, layers)
-        if count == layers:
-            return None
-        costs = Costs.of(self.subject.config, self.tokens)
-        saved = costs.kept(layers - count, layers)
-        what = f"{count} of {layers} layers reversible"
-        return self.candidate(Settings({"reversible_layers": count}, what, f"{1 - saved:.2f}"), steps[count])
+        if count < layers:
+            saved = Costs.of(self.subject.config, self.tokens).kept(layers - count, layers)
+            what = f"{count} of {layers} layers reversible"
+            settings = Settings({"reversible_layers": count}, what, f"{1 - saved:.2f}")
+            self.tried.append(self.candidate(settings, steps[count]))
 
     def plan(self) -> Plan:
         chosen = self.tried[-1]
@@ -195,11 +206,11 @@ class Search:
             f"reserve: {SHARE:.0%} for the allocator's rounding and gaps{context}",
         )
 
-    def refusal(self, leanest: Estimator) -> BudgetError:
+    def refusal(self) -> BudgetError:
         """What to say where nothing fits."""
-        last = self.tried[-1]
+        last = self.least
         with _as_it_was():
-            longest = leanest.longest(self.subject.rival, self.capacity, max(1, self.tokens // 2))
+            longest = self.estimator(last.settings).longest(self.subject.rival, self.capacity, max(1, self.tokens // 2))
         help_ = ["fewer rows in a batch"] if self.rows > 1 else []
         if self.subject.weights is None:
             help_.append("4-bit weights")
@@ -212,7 +223,9 @@ class Search:
         return BudgetError(
             f"a step of {self.rows} x {self.tokens:,} tokens does not fit into {gib(self.memory)}: it takes "
             f"{gib(last.step.total)} at the least, and {gib(self.memory - self.reserve)} are for tensors; {reach}. "
-            f"What else helps: {', '.join(help_) or 'shorter texts'}.\n" + table(rows.rows_of_table(), rows.title, ())
+            f"What else helps: {', '.join(help_) or 'shorter texts'}.\n" + table(rows.rows_of_table(), rows.title, ()),
+            longest,
+            tuple(self.tried),
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,11 +78,11 @@ def of_model(model: Any, *, gpu: bool | None) -> Subject:
     if str(plain._attn_implementation).startswith("flash"):
         plain._attn_implementation = "sdpa"  # which allocates the same, and runs on tensors without data
     prepare = _Prepare.of(model)
-    task = type(base).forward.__code__.co_varnames[: type(base).forward.__code__.co_argcount]
+    takes = inspect.signature(type(base).forward).parameters
     subject = Subject(
         plain, base.dtype, weights, type(base), gpu,
         Rival("planned", "MEFT", prepare.patched, reversible=True),
-        loss="labels" in task or "start_positions" in task,
+        loss="labels" in takes or "start_positions" in takes,
     )  # fmt: skip
     if find_state(model) is not None:
         return subject
