@@ -18,6 +18,7 @@ from .config import MeftConfig
 from .describe import Description, describe, print_trainable_parameters
 from .errors import (
     AdapterFileError,
+    BudgetError,
     MeftError,
     NonFiniteError,
     NotRepeatableError,
@@ -33,6 +34,7 @@ from .verify import VerifyReport, calibrate, verify
 
 if TYPE_CHECKING:
     from .callback import MeftCallback
+    from .planning import Plan, plan
 
 __all__ = [
     "AdapterFileError",
@@ -43,6 +45,7 @@ __all__ = [
     "AutoMeftModelForSeq2SeqLM",
     "AutoMeftModelForSequenceClassification",
     "AutoMeftModelForTokenClassification",
+    "BudgetError",
     "Description",
     "LayerSpec",
     "MeftCallback",
@@ -51,6 +54,7 @@ __all__ = [
     "NonFiniteError",
     "NotRepeatableError",
     "PatchError",
+    "Plan",
     "ReferenceModel",
     "ReversibleUsageError",
     "StreamOverflowError",
@@ -65,6 +69,7 @@ __all__ = [
     "load_adapter",
     "ops",
     "patch",
+    "plan",
     "print_trainable_parameters",
     "reference_model",
     "register_architecture",
@@ -81,4 +86,8 @@ def __getattr__(name: str) -> Any:
         from .callback import MeftCallback
 
         return MeftCallback
+    if name in ("Plan", "plan"):  # with it comes the estimator
+        from . import planning
+
+        return getattr(planning, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

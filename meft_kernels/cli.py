@@ -1,4 +1,4 @@
-"""The command line: ``meft-kernels demo | train | bench | estimate | verify | models | env``."""
+"""The command line: ``meft-kernels demo | train | bench | estimate | plan | verify | models | env``."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ try:
 
     from .commands.bench import bench
     from .commands.estimate import estimate
+    from .commands.plan import plan
     from .commands.shared import (
         Data,
         DType,
@@ -144,6 +145,7 @@ def demo(
 app.command()(train)
 app.command()(bench)
 app.command()(estimate)
+app.command()(plan)
 
 
 @app.command()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from torch import nn
 
@@ -10,6 +11,9 @@ from .engine.stack import ReversibleStack
 from .ops.coupling.api import reciprocal
 from .ops.coupling.packing import remainder_bits
 from .state import count_parameters, require_state, unwrap
+
+if TYPE_CHECKING:
+    from .planning import Plan
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,8 @@ class Description:
     trainable_parameters: int
     all_parameters: int
     stacks: tuple[StackDescription, ...]
+    plan: Plan | None = None
+    """How the settings were chosen, where :func:`~meft_kernels.patch` was given a budget."""
 
     def __str__(self) -> str:
         active, *others = self.adapters or ("none",)
@@ -64,6 +70,8 @@ class Description:
             ("adapters", "none" if self.rank is None else ", ".join([f"{active} (rank {self.rank})", *others])),
             ("trainable", f"{self.trainable_parameters:,} of {self.all_parameters:,} parameters"),
         ]
+        if self.plan is not None:
+            rows.append(("budget", self.plan.line()))
         for stack in self.stacks:
             fixed = (
                 ""
@@ -113,6 +121,7 @@ def describe(model: nn.Module) -> Description:
         trainable_parameters=trainable,
         all_parameters=total,
         stacks=tuple(_describe_stack(stack, base.dtype.itemsize) for stack in state.stacks),
+        plan=state.plan,
     )
 
 

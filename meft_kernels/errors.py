@@ -1,5 +1,7 @@
 """Every error of the library's own, so that callers can tell them apart from Python's."""
 
+from typing import Any
+
 
 class MeftError(Exception):
     """Base class."""
@@ -31,3 +33,17 @@ class NonFiniteError(MeftError, FloatingPointError):
 
 class NotRepeatableError(MeftError, RuntimeError):
     """A layer did not compute the same bits in backward as in forward, so the rebuilt inputs are wrong."""
+
+
+class BudgetError(MeftError, ValueError):
+    """No settings make a training step fit into the memory given; the message says what would.
+
+    Attributes:
+        longest: tokens of the longest texts that fit, 0 where none do.
+        candidates: all that was tried (:class:`meft_kernels.planning.Candidate`).
+    """
+
+    def __init__(self, message: str, longest: int = 0, candidates: tuple[Any, ...] = ()) -> None:
+        super().__init__(message)
+        self.longest = longest
+        self.candidates = candidates

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import nn
@@ -23,12 +23,23 @@ from .state import STATE, PatchState, count_parameters, find_state, require_stat
 from .targets import LayerList, check_trainable, find_layers, find_spec, is_peft, modules_to_train
 from .trainer_bindings import CheckpointingBinding, QuantisedBinding
 
+if TYPE_CHECKING:
+    from .planning import Plan
+
 logger = logging.getLogger(__name__)
 
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def patch(model: Model, config: MeftConfig | None = None, **overrides: Any) -> Model:
+def patch(
+    model: Model,
+    config: MeftConfig | None = None,
+    *,
+    memory: int | str | None = None,
+    batch: tuple[int, int] | None = None,
+    allow_coefficient: bool = False,
+    **overrides: Any,
+) -> Model:
     """Make a pretrained transformer reversible, in place: frozen, with adapters, and no activations kept per layer.
 
     Training code does not change. The model's outputs are at first those of the pretrained model, up to the coupling's
@@ -38,6 +49,10 @@ def patch(model: Model, config: MeftConfig | None = None, **overrides: Any) -> M
         model: a transformers model of a supported family, with any task head. Wrapped by PEFT, what PEFT trains goes
             on being trained, beside the adapters or (``adapters="none"``) instead of them.
         config: settings; ``None`` is ``MeftConfig()``.
+        memory: a budget for all that the process has on the device, as ``"22GiB"`` or in bytes: what is not set is
+            chosen, by simulation, so that a step of ``batch`` is as fast as fits (:func:`meft_kernels.plan`).
+        batch: rows and tokens of a batch, with ``memory``.
+        allow_coefficient: whether a budget may choose another coefficient, which changes what is computed.
         **overrides: settings to change in ``config``, e.g. ``rank=16``.
 
     Returns:
@@ -46,6 +61,7 @@ def patch(model: Model, config: MeftConfig | None = None, **overrides: Any) -> M
     Raises:
         UnsupportedModelError: no family serves this model, or it is in a state that cannot be trained.
         PatchError: already patched with other settings.
+        BudgetError: no settings fit into ``memory``.
         ValueError: a setting is out of range. Nothing has been changed when an error is raised.
         TypeError: a setting does not exist, or this is no model.
     """
@@ -53,6 +69,10 @@ def patch(model: Model, config: MeftConfig | None = None, **overrides: Any) -> M
         raise TypeError(f"patch takes a model, as from_pretrained gives it, not a {type(model).__name__}")
     if not isinstance(config, MeftConfig | None):
         raise TypeError(f"settings are given by name, as in patch(model, rank=8), or as a MeftConfig: not {config!r}")
+    budget = None
+    if memory is not None or batch is not None:
+        budget = _planned(model, config, memory, batch, allow_coefficient, overrides)
+        config, overrides = budget.config, {}
     config = (config or MeftConfig()).changed(**overrides)
     if (state := find_state(model)) is not None:
         check_same_settings(state.config, config)
@@ -82,7 +102,7 @@ def patch(model: Model, config: MeftConfig | None = None, **overrides: Any) -> M
     for name in trained:
         base.get_submodule(name).requires_grad_(True)
     stacks = [_bind(target, made, config) for target, made in zip(lists, adapters, strict=True)]
-    state = PatchState(config, stacks, trained, required_grad)
+    state = PatchState(config, stacks, trained, required_grad, plan=budget)
     state.bindings.append(CheckpointingBinding(base, stacks))
     if config.adapters == "all":
         state.bindings += [SavingBinding(base), QuantisedBinding(base)]
@@ -100,6 +120,8 @@ def patch(model: Model, config: MeftConfig | None = None, **overrides: Any) -> M
         f"{trainable:,}",
         f"{total:,}",
     )
+    if budget is not None:
+        logger.info("planned %s", budget.line())
     for stack in stacks:
         _warn_of_drift(stack, base.dtype)
     if config.adapters == "all" and is_peft(base):
@@ -108,6 +130,24 @@ def patch(model: Model, config: MeftConfig | None = None, **overrides: Any) -> M
             "and not the adapters inserted now: save those with save_adapter, into a folder of their own"
         )
     return model
+
+
+def _planned(
+    model: nn.Module,
+    config: MeftConfig | None,
+    memory: Any,
+    batch: Any,
+    allow_coefficient: bool,
+    overrides: dict[str, Any],
+) -> Plan:
+    """Settings for a budget; nothing of the model is touched."""
+    from .planning.planner import check_budget, plan  # with it comes the estimator, which patches models itself
+
+    check_budget(memory, batch)
+    base = unwrap(model)
+    settings = (config or MeftConfig()).changed(**overrides)
+    check_trainable(base, find_layers(base, find_spec(base, settings)), settings)
+    return plan(model, config, memory=memory, batch=batch, allow_coefficient=allow_coefficient, **overrides)
 
 
 def check_same_settings(here: MeftConfig, asked: MeftConfig) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import nn
 
@@ -13,6 +13,9 @@ from .engine.arithmetic import Arithmetic
 from .engine.layer import ADAPTERS
 from .engine.stack import ReversibleStack
 from .errors import PatchError
+
+if TYPE_CHECKING:
+    from .planning import Plan
 
 STATE = "_meft_state"
 """Attribute of the transformers model under which :class:`PatchState` is kept."""
@@ -55,6 +58,8 @@ class PatchState:
     """The others, by name."""
     bindings: list[Binding] = field(default_factory=list)
     """What was bound on the model besides its layers' forwards."""
+    plan: Plan | None = None
+    """How the settings were chosen, where a budget was given."""
 
     @property
     def adapter_names(self) -> tuple[str, ...]:

@@ -16,8 +16,8 @@ from meft_kernels import MeftConfig
 from meft_kernels.comparison.rivals import RIVALS
 from meft_kernels.estimate.depth import extrapolate, sample_depths, with_depth
 from meft_kernels.estimate.estimator import Estimator, longest_that_fits
-from meft_kernels.estimate.report import memory_size
 from meft_kernels.estimate.shapes import BUILT_IN, find_config, longest_input
+from meft_kernels.estimate.sizes import memory_size
 from meft_kernels.estimate.step import StepBytes
 from meft_kernels.estimate.twin import build
 
@@ -146,7 +146,7 @@ def test_a_peak_that_will_move_is_not_extrapolated() -> None:
     """A step whose peak is at the loss for few layers, and in the last gradients for many."""
     asked = []
 
-    def simulate(config: Any) -> StepBytes:
+    def simulate(config: Any, parts: Any) -> StepBytes:
         layers = config.num_hidden_layers
         asked.append(layers)
         return StepBytes(0, 10 * layers, 0, layers, 50 + layers, max(100 + layers, 10 * layers), 0)

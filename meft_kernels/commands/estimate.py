@@ -8,7 +8,21 @@ from typing import Annotated, Any, cast
 import typer
 
 from ..config import MeftConfig
-from .shared import DType, Rank, console, errors, given, quiet, to_dtype, user_errors
+from .shared import (
+    AnyLength,
+    DType,
+    EstimatedModel,
+    Rank,
+    Settings,
+    Weights,
+    console,
+    errors,
+    given,
+    quiet,
+    settings_of,
+    to_dtype,
+    user_errors,
+)
 
 _CAPTION = (
     "From shapes alone, by one training step on tensors without data, unpadded, without autocast, attention as sdpa. "
@@ -23,9 +37,7 @@ _WITHOUT_LOSS = "Logits and loss are left out, as a fused loss would."
 
 
 def estimate(
-    model: Annotated[
-        str, typer.Option(help="A hub id, a folder with a config.json, minilm, smollm2, or a built-in shape.")
-    ] = "llama-3.1-8b",
+    model: EstimatedModel = "llama-3.1-8b",
     batch: Annotated[int, typer.Option(min=1, help="Texts in a batch.")] = 1,
     seq: Annotated[int, typer.Option(min=1, help="Tokens of a text.")] = 512,
     gpu: Annotated[str | None, typer.Option(help="Memory to fit into: 80GB, 24GiB.")] = None,
@@ -33,15 +45,12 @@ def estimate(
     rank: Rank = None,
     rivals: Annotated[str | None, typer.Option(help="Which, separated by commas.")] = None,
     loss: Annotated[bool, typer.Option(help="With logits and loss, or without.")] = True,
-    weights: Annotated[
-        str | None, typer.Option(help="4bit or 8bit: the layers' linear modules quantised. Default: as --dtype.")
-    ] = None,
+    weights: Weights = None,
     adapter_dtype: Annotated[
         str | None, typer.Option(help="float32 or model: of adapters and LoRA. Default: float32, ours and PEFT's own.")
     ] = None,
-    any_length: Annotated[
-        bool, typer.Option("--any-length", help="Texts longer than the model's positions too, as people extend them.")
-    ] = False,
+    set_: Settings = None,
+    any_length: AnyLength = False,
     json: Annotated[Path | None, typer.Option(help="Write the figures to this file too.")] = None,
 ) -> None:
     """Memory of a training step of a model that need not be here: weights, activations, peak, longest context."""
@@ -53,8 +62,9 @@ def estimate(
         from ..comparison.rivals import UnavailableRivalError, rivals_named
         from ..estimate.estimator import DEFAULT_RIVALS, Estimator, why_not_estimated
         from ..estimate.published import published
-        from ..estimate.report import Estimate, figures, memory_size, table
+        from ..estimate.report import Estimate, figures, table
         from ..estimate.shapes import find_config
+        from ..estimate.sizes import memory_size
 
         capacity = None if gpu is None else memory_size(gpu)
         chosen = rivals_named(DEFAULT_RIVALS if rivals is None else rivals.split(","))
@@ -62,7 +72,8 @@ def estimate(
             if rivals is not None and (reason := why_not_estimated(rival)):
                 raise ValueError(f"{rival.name} cannot be estimated: {reason}")
         config = find_config(model)
-        meft = MeftConfig(**given(rank=rank, adapter_dtype=adapter_dtype))
+        settings = settings_of(set_)
+        meft = MeftConfig(**(settings | given(rank=rank, adapter_dtype=adapter_dtype)))
         estimator = Estimator(
             config, to_dtype(dtype), batch, meft, loss=loss, weights=cast(Any, weights), any_length=any_length
         )
@@ -97,8 +108,9 @@ def estimate(
         for note in (*estimator.notes(), *map(str, published(config, capacity) if capacity else ())):
             console.print(note, markup=False, highlight=False)
         if json is not None:
-            settings = {
+            record = {
                 "model": model, "dtype": dtype, "batch": batch, "seq": seq, "capacity": capacity, "loss": loss,
                 "rank": estimator.meft.rank, "weights": weights, "adapter_dtype": estimator.meft.adapter_dtype,
+                "settings": settings,
             }  # fmt: skip
-            Record.now("estimate", settings, [figures(e) for e in estimates], torch.device("cpu")).write(json)
+            Record.now("estimate", record, [figures(e) for e in estimates], torch.device("cpu")).write(json)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
+import dataclasses
 import importlib.util
 import os
 import warnings
@@ -12,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
+from ..config import MeftConfig, no_setting
 from ..errors import MeftError
 
 if TYPE_CHECKING:
@@ -25,6 +28,19 @@ Data = Annotated[str, typer.Option(help="rotten_tomatoes, imdb, or a .csv file w
 Variant = Annotated[str, typer.Option(help="meft1, meft2 or meft3.")]
 Rank = Annotated[int | None, typer.Option(help="Bottleneck width of the adapters.")]
 DType = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
+EstimatedModel = Annotated[
+    str, typer.Option(help="A hub id, a folder with a config.json, minilm, smollm2, or a built-in shape.")
+]
+Weights = Annotated[
+    str | None, typer.Option(help="4bit or 8bit: the layers' linear modules quantised. Default: as --dtype.")
+]
+AnyLength = Annotated[
+    bool, typer.Option("--any-length", help="Texts longer than the model's positions too, as people extend them.")
+]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="Any setting of MEFT: attention=pieces, remainders=host, tile=512. May be repeated."),
+]
 
 
 @contextlib.contextmanager
@@ -67,6 +83,27 @@ def default_device() -> torch.device:
     import torch
 
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def settings_of(texts: list[str] | None) -> dict[str, Any]:
+    """What ``--set name=value`` gives, its values as Python's where they are, else as text.
+
+    Raises:
+        ValueError: not of this form, or no setting of this name.
+    """
+    known = [f.name for f in dataclasses.fields(MeftConfig)]
+    found = {}
+    for text in texts or []:
+        name, written, value = text.partition("=")
+        if not written or not value:
+            raise ValueError(f"--set is name=value, as in attention=pieces, not {text!r}")
+        if name not in known:
+            raise ValueError(no_setting(name, known))
+        try:
+            found[name] = ast.literal_eval({"true": "True", "false": "False", "none": "None"}.get(value.lower(), value))
+        except (ValueError, SyntaxError):
+            found[name] = value
+    return found
 
 
 def given(**options: Any) -> dict[str, Any]:

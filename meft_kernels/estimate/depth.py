@@ -11,6 +11,9 @@ from .step import StepBytes
 
 MIN_LAYERS = 2
 
+Parts = tuple[int, ...]
+"""Numbers of layers, from the bottom up, of parts of a model that are not alike."""
+
 
 def depth_of(config: Any) -> int:
     """Layers; of the encoder, where there are two stacks."""
@@ -34,40 +37,78 @@ def with_depth(config: Any, layers: int) -> Any:
     return config
 
 
+def _period(config: Any) -> int:
+    """After how many layers the config says the same of layers again."""
+    depth = depth_of(config)
+    layers = [str(layer) for layer in zip(*_lists(config).values(), strict=True)]  # each with all that is said of it
+    return next(p for p in range(1, depth + 1) if layers[p:] == layers[: len(layers) - p])
+
+
+def _samples(layers: int, period: int) -> tuple[int, int]:
+    """Two numbers of layers that show what one adds, whole periods of unlike layers apart."""
+    first = layers % period or period
+    while first < MIN_LAYERS:
+        first += period
+    return first, first + max(period, -(-MIN_LAYERS // period) * period)
+
+
 def sample_depths(config: Any) -> list[int]:
     """Two depths that show what a layer adds, whole periods of unlike layers apart; or all layers, where few are left.
 
     An encoder-decoder model is taken whole: its two stacks grow in different ways.
     """
+    return [sum(parts) for parts in sample_parts(config, (depth_of(config),))]
+
+
+def sample_parts(config: Any, parts: Parts) -> list[Parts]:
+    """As few layers of every part as there may be, and for each part that has more the same with more of it.
+
+    All layers alone, where few would be left out.
+    """
     depth = depth_of(config)
     if config.is_encoder_decoder:
-        return [depth]
-    layers = [str(layer) for layer in zip(*_lists(config).values(), strict=True)]  # each with all that is said of it
-    period = next(p for p in range(1, depth + 1) if layers[p:] == layers[: len(layers) - p])
-    first = depth % period or period
-    while first < MIN_LAYERS:
-        first += period
-    second = first + max(period, -(-MIN_LAYERS // period) * period)
-    return [first, second] if first + second < depth else [depth]
+        return [parts]
+    period = _period(config)
+    few: list[int] = []
+    more: list[int | None] = []
+    for layers in parts:
+        first, second = _samples(layers, period)
+        few.append(first if second < layers else layers)
+        more.append(second if second < layers else None)
+    asked = [tuple(few)]
+    for place, further in enumerate(more):
+        if further is not None:
+            asked.append((*few[:place], further, *few[place + 1 :]))
+    return asked if len(asked) > 1 and sum(map(sum, asked)) < depth else [parts]
 
 
-def extrapolate(config: Any, simulate: Callable[[Any], StepBytes]) -> StepBytes:
-    """The bytes of the whole model, from :func:`sample_depths` of it.
+def extrapolate(config: Any, simulate: Callable[[Any, Parts], StepBytes], parts: Parts | None = None) -> StepBytes:
+    """The bytes of the whole model, from :func:`sample_parts` of it.
 
     All of them but the two peaks are straight lines. Forward's is at the loss or in the last layer, where it grows with
     what each layer keeps. Backward's is the highest of several places: at the loss or in the layer where backward
     begins, where it grows with that as well; or in the layer where it ends, where it grows with each layer's gradients.
     If it does not yet grow with the greater of the two, it may come to lie elsewhere in a deeper model, and all layers
     are simulated.
+
+    Args:
+        parts: layers that are not alike, from the bottom up: frozen ones, those that drop activations, those that keep
+            them. None: all are alike.
     """
-    depths = sample_depths(config)
-    if len(depths) == 1:
-        return simulate(config)
-    low, high = (simulate(with_depth(config, layers)) for layers in depths)
-    apart = depths[1] - depths[0]
-    slope = {f.name: (getattr(high, f.name) - getattr(low, f.name)) / apart for f in fields(StepBytes)}
-    grown = {"forward": slope["kept"], "backward": max(slope["kept"], slope["gradients"])}
-    if any(slope[place] < 0.999 * least for place, least in grown.items()):
-        return simulate(config)
-    further = depth_of(config) - depths[1]
-    return StepBytes(**{name: round(getattr(high, name) + b * further) for name, b in slope.items()})
+    parts = parts or (depth_of(config),)
+    few, *more = sample_parts(config, parts)
+    low = simulate(config if few == parts else with_depth(config, sum(few)), few)
+    figures = {f.name: float(getattr(low, f.name)) for f in fields(StepBytes)}
+    for grown in more:
+        high = simulate(with_depth(config, sum(grown)), grown)
+        place = next(i for i, (a, b) in enumerate(zip(few, grown, strict=True)) if a != b)
+        slope = {
+            f.name: (getattr(high, f.name) - getattr(low, f.name)) / (grown[place] - few[place])
+            for f in fields(StepBytes)
+        }
+        least = {"forward": slope["kept"], "backward": max(slope["kept"], slope["gradients"])}
+        if any(slope[at] < 0.999 * bound for at, bound in least.items()):
+            return simulate(config, parts)
+        for name, each in slope.items():
+            figures[name] += each * (parts[place] - few[place])
+    return StepBytes(**{name: round(value) for name, value in figures.items()})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import traceback
 from collections.abc import Callable
@@ -18,7 +19,7 @@ from torch._subclasses.fake_tensor import (
 from ..comparison.rivals import Budget, Rival, UnavailableRivalError
 from ..comparison.rivals.lora import lora_rank
 from ..config import MeftConfig
-from .depth import depth_of, extrapolate
+from .depth import Parts, depth_of, extrapolate
 from .quantised import WEIGHTS, Weights
 from .shapes import longest_input, with_positions
 from .step import StepBytes, measure_step, text_batch
@@ -35,7 +36,8 @@ LONGEST = 2**23
 
 DEFAULT_RIVALS = (
     "full", "lora", "lora_checkpointing", "lora_chunked", "lora_chunked_tiled", "lora_chunked_host",
-    "lora_chunked_tiled_host", "bottleneck", "meft", "meft1", "meft3", "meft_lora",
+    "lora_chunked_tiled_host", "bottleneck", "meft", "meft_pieces", "meft_host", "meft_pieces_host", "meft1", "meft3",
+    "meft_lora",
 )  # fmt: skip
 
 
@@ -58,6 +60,7 @@ class Estimator:
         gpu: whether our ops and AdamW allocate as on CUDA, or as on a CPU.
         weights: ``"4bit"`` or ``"8bit"`` where the linear modules of the layers are quantised; None: in ``dtype``.
         any_length: whether texts may be longer than the model's positions, as people extend them.
+        model_class: of the model; None: that of the task which its config's is most often fine-tuned for.
     """
 
     config: Any
@@ -68,8 +71,10 @@ class Estimator:
     gpu: bool = True
     weights: Weights | None = None
     any_length: bool = False
+    model_class: Any = None
     _known: dict[tuple[str, int], StepBytes] = field(default_factory=dict)
-    _budgets: dict[tuple[int, bool], Budget] = field(default_factory=dict)
+    _simulated: dict[tuple[str, int, Parts], StepBytes] = field(default_factory=dict)
+    _budgets: dict[tuple[Parts, bool], Budget] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.weights not in (None, *WEIGHTS):
@@ -97,19 +102,41 @@ class Estimator:
                     "any_length (--any-length) is for models that are extended"
                 )
             config = with_positions(self.config, tokens)
-            self._known[key] = extrapolate(config, lambda config: self.simulate(config, rival, tokens))
+            self._known[key] = extrapolate(
+                config, lambda config, parts: self._simulate_parts(config, rival, tokens, parts), self.parts
+            )
         return self._known[key]
+
+    @property
+    def parts(self) -> Parts:
+        """Frozen layers, those that drop their activations, those that keep them; all where they are alike."""
+        depth, frozen, count = depth_of(self.config), self.meft.frozen_layers, self.meft.reversible_layers
+        if self.config.is_encoder_decoder or (not frozen and count in (None, depth)):
+            return (depth,)
+        reversible = depth - frozen if count is None else count
+        return frozen, reversible, depth - frozen - reversible
+
+    def with_reversible(self, layers: int) -> Estimator:
+        """The same for a model of which so many layers drop their activations, with what is known already."""
+        return dataclasses.replace(self, meft=self.meft.changed(reversible_layers=layers), _known={})
+
+    def _simulate_parts(self, config: Any, rival: Rival, tokens: int, parts: Parts) -> StepBytes:
+        key = rival.name, tokens, parts
+        if key not in self._simulated:
+            self._simulated[key] = self.simulate(config, rival, tokens, parts)
+        return self._simulated[key]
 
     @property
     def limit(self) -> int | None:
         """Tokens of a text at most; None where nothing limits them."""
         return None if self.any_length else longest_input(self.config)
 
-    def simulate(self, config: Any, rival: Rival, tokens: int) -> StepBytes:
+    def simulate(self, config: Any, rival: Rival, tokens: int, parts: Parts | None = None) -> StepBytes:
         """The same of a config as it is, every layer of it."""
         try:
             with simulation(gpu=self.gpu):
-                model = twin(config, self.dtype, rival, self._budget(config, rival), self.weights)
+                budget = self._budget(config, rival, parts or (depth_of(config),))
+                model = twin(config, self.dtype, rival, budget, self.weights, self.model_class)
                 batch = text_batch(model, self.rows, tokens, torch.device("cpu"))
                 return measure_step(model, batch, loss=self.loss, foreach=self.gpu)
         except (DataDependentOutputException, DynamicOutputShapeException, UnsupportedFakeTensorException) as error:
@@ -119,22 +146,30 @@ class Estimator:
                 raise ValueError(_NOT_SIMULATED.format(config.model_type, error)) from error
             raise
 
-    def _budget(self, config: Any, rival: Rival) -> Budget:
+    def _budget(self, config: Any, rival: Rival, parts: Parts) -> Budget:
         """As much as the whole model's, for each layer: LoRA's rank must not change with the depth by rounding."""
-        key = depth_of(config), "lora" in rival.name
+        key = parts, "lora" in rival.name
         if key not in self._budgets:
-            self._budgets[key] = (
-                self._lora_budget(config) if key[1] else Budget.of(build(config, self.dtype), self.meft)
-            )
+            meft = self._settings(parts)
+            self._budgets[key] = self._lora_budget(config, meft) if key[1] else Budget.of(self._build(config), meft)
         return self._budgets[key]
 
-    def _lora_budget(self, config: Any) -> Budget:
-        whole, model = build(self.config, self.dtype), build(config, self.dtype)
+    def _settings(self, parts: Parts) -> MeftConfig:
+        """MEFT's for a model of so many layers."""
+        if len(parts) == 1:
+            return self.meft
+        return self.meft.changed(frozen_layers=parts[0], reversible_layers=parts[1])
+
+    def _build(self, config: Any) -> Any:
+        return build(config, self.dtype, self.model_class)
+
+    def _lora_budget(self, config: Any, meft: MeftConfig) -> Budget:
+        whole, model = self._build(self.config), self._build(config)
         rank = lora_rank(whole, Budget.of(whole, self.meft))
-        here = Budget.of(model, self.meft)
+        here = Budget.of(model, meft)
         far = 10**15
-        per_rank = far / lora_rank(model, Budget(self.meft, far))
-        return Budget(self.meft, round(here.trainable + (rank - lora_rank(model, here)) * per_rank))
+        per_rank = far / lora_rank(model, Budget(meft, far))
+        return Budget(meft, round(here.trainable + (rank - lora_rank(model, here)) * per_rank))
 
     def notes(self) -> list[str]:
         """What of a real run is known to differ."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,10 +10,8 @@ from rich.table import Table
 
 from ..comparison.rivals import Rival
 from .shapes import longest_input
+from .sizes import GIB
 from .step import StepBytes
-
-GIB = 2**30
-_UNITS = {"GB": 10**9, "GIB": GIB, "MB": 10**6, "MIB": 2**20}
 
 
 @dataclass(frozen=True)
@@ -32,18 +29,6 @@ class Estimate:
     longest: int | None = None
     longest_host: int = 0
     unavailable: str | None = None
-
-
-def memory_size(text: str) -> int:
-    """Bytes of ``80GB`` (10^9 bytes each) or ``79.1GiB``.
-
-    Raises:
-        ValueError: it is no size.
-    """
-    found = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([GM]i?B)\s*", text, re.IGNORECASE)
-    if not found or not float(found[1]):
-        raise ValueError(f"--gpu is a size such as 80GB or 79.1GiB, not {text!r}")
-    return int(float(found[1]) * _UNITS[found[2].upper()])
 
 
 def _bytes(value: int) -> str:

@@ -62,8 +62,13 @@ def text_batch(model: Any, rows: int, tokens: int, device: torch.device) -> Batc
     batch: Batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     takes = inspect.signature(type(base).forward).parameters
     if "labels" in takes:
-        per_token = base.get_output_embeddings() is not None
-        batch["labels"] = ids if per_token else torch.zeros(rows, dtype=torch.int64, device=device)
+        one = torch.zeros(rows, dtype=torch.int64, device=device)
+        if type(base).__name__.endswith("ForTokenClassification"):
+            batch["labels"] = torch.zeros_like(ids)
+        else:
+            batch["labels"] = ids if base.get_output_embeddings() is not None else one
+    elif "start_positions" in takes:
+        batch["start_positions"] = batch["end_positions"] = torch.zeros(rows, dtype=torch.int64, device=device)
     return batch
 
 

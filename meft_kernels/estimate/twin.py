@@ -158,25 +158,40 @@ def auto_class(config: Any) -> Any:
     raise ValueError(f"only models of texts are estimated, not {config.model_type}")
 
 
-def build(config: Any, dtype: torch.dtype) -> Any:
-    """The model in train mode, on the device of the context."""
+def build(config: Any, dtype: torch.dtype, model_class: Any = None) -> Any:
+    """The model in train mode, on the device of the context; of a class of its own, or of the task's."""
     config = copy.deepcopy(config)
     config.use_cache = False
     for name in ("layerdrop", "encoder_layerdrop", "decoder_layerdrop"):
         if hasattr(config, name):
             setattr(config, name, 0.0)  # no layer is left out: the most that a step takes
+    if model_class is not None:
+        return model_class._from_config(config, dtype=dtype).train()
     return auto_class(config).from_config(config, dtype=dtype).train()
 
 
-def twin(config: Any, dtype: torch.dtype, rival: Rival, budget: Budget, weights: Weights | None = None) -> Any:
+def twin(
+    config: Any,
+    dtype: torch.dtype,
+    rival: Rival,
+    budget: Budget,
+    weights: Weights | None = None,
+    model_class: Any = None,
+) -> Any:
     """The model prepared by ``rival``; call inside of :func:`simulation`.
 
     Args:
         weights: how those of the layers' linear modules are stored; None: in ``dtype`` as the others.
+        model_class: see :func:`build`.
     """
+    return rival.prepare(bare_twin(config, dtype, weights, model_class), budget).train()
+
+
+def bare_twin(config: Any, dtype: torch.dtype, weights: Weights | None = None, model_class: Any = None) -> Any:
+    """The pretrained model alone."""
     with no_init_weights():
-        model = build(config, dtype)
+        model = build(config, dtype, model_class)
     model.tie_weights()  # which no_init_weights leaves out
     if weights is not None:
         quantise(model, weights)
-    return rival.prepare(model, budget).train()
+    return model

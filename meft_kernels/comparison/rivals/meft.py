@@ -23,12 +23,20 @@ def meft_lora(model: nn.Module, budget: Budget, **settings: Any) -> nn.Module:
     return patch(lora(model, budget), dataclasses.replace(budget.config, adapters="none", **settings))
 
 
+def _lean(name: str, what: str, **settings: Any) -> Rival:
+    prepare = functools.partial(meft, **settings)
+    return Rival(name, f"MEFT, {what}", prepare, reversible=True, dashed=True)
+
+
 RIVALS = (
     Rival("meft", "MEFT", meft, reversible=True),
     *(
         Rival(variant, f"MEFT ({variant})", functools.partial(meft, variant=variant), reversible=True)
         for variant in ("meft1", "meft2", "meft3")
     ),
+    _lean("meft_pieces", "attention in pieces", attention="pieces"),
+    _lean("meft_host", "host remainders", remainders="host"),
+    _lean("meft_pieces_host", "pieces + host", attention="pieces", remainders="host"),
     Rival("meft_lora", "MEFT with LoRA inside", meft_lora, packages=("peft",), reversible=True),
     Rival(
         "meft_compiled",
