@@ -1,6 +1,7 @@
 """One rank of a training step on half of a batch; rank 0 holds the gradients to those of the whole batch.
 
-Started by tests/test_distributed.py through torchrun: ``check_distributed.py FAMILY ENGINE``.
+Started by tests/test_distributed.py through torchrun: ``check_distributed.py FAMILY ENGINE...``, one engine after the
+other, each with models of its own.
 """
 
 from __future__ import annotations
@@ -49,8 +50,7 @@ def gradients_of(model: Any) -> dict[str, torch.Tensor]:
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
-def main(family: str, engine: str) -> None:
-    dist.init_process_group("gloo")
+def check(family: str, engine: str) -> None:
     rank = dist.get_rank()
     whole = make(family)
     batch = minilm_batch(4) if family == "minilm" else batch_for(whole, rows=4, tokens=8)
@@ -106,8 +106,14 @@ def main(family: str, engine: str) -> None:
         if engine != "fsdp2":  # which registers its own parameters in the place of those watched here
             assert set(fired.values()) == {times}, fired
             assert fired.keys() == expected.keys()
-        print(f"agrees to {error:.1e}", flush=True)
+        print(f"{engine} agrees to {error:.1e}", flush=True)
     dist.barrier()
+
+
+def main(family: str, *engines: str) -> None:
+    dist.init_process_group("gloo")
+    for engine in engines:
+        check(family, engine)
     dist.destroy_process_group()
     os._exit(0)  # a thread of gloo's now and then keeps the interpreter from ending
 
