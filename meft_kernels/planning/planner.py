@@ -222,7 +222,8 @@ class Search:
         rows = Plan(self.meft, {}, tuple(self.tried), self.memory, self.reserve, self.rows, self.tokens)
         return BudgetError(
             f"a step of {self.rows} x {self.tokens:,} tokens does not fit into {gib(self.memory)}: it takes "
-            f"{gib(last.step.total)} at the least, and {gib(max(0, self.memory - self.reserve))} are for tensors; {reach}. "
+            f"{gib(last.step.total)} at the least, and {gib(max(0, self.memory - self.reserve))} are for tensors; "
+            f"{reach}. "
             f"What else helps: {', '.join(help_) or 'shorter texts'}.\n" + table(rows.rows_of_table(), rows.title, ()),
             longest,
             tuple(self.tried),
