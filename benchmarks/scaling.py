@@ -41,7 +41,8 @@ SETTINGS: dict[str, Rival] = {
     ),
 }
 DEFAULT = (
-    "meft", "meft_q8", "meft_host", "lora_checkpointing", "lora_chunked_host", "lora_chunked_tiled_host", "lora", "bottleneck",
+    "meft", "meft_q8", "meft_host", "lora_checkpointing", "lora_chunked_host", "lora_chunked_tiled_host", "lora",
+    "bottleneck",
 )  # fmt: skip
 
 
