@@ -89,20 +89,23 @@ class LanePass:
             coupled = tape.arithmetic.couple_adapter(
                 a, fused, lane.coefficient, center if lane.centered else None, value_dtype
             )
-            return self._note([coupled]), coupled.value
+            self.remainders.put(coupled.remainder)
+            return self._noted([coupled]), coupled.value
         self.branch.tiles = self.call.layer.tiles(lane.branch, center_value)
         one = len(self.branch.tiles) == 1
         value = torch.empty_like(a, dtype=value_dtype) if value_dtype is not None and not one else None
-        done = []
+        done: list[Coupled] = []
+        left_out = len(self.branch.tiles) - len(shortened(self.branch.tiles))  # in a simulation, after the second
         for tile, branch in self._outputs(center_value, recording):
             coupled = self._couple(tile, a, branch, center, value_dtype, inplace=True)
+            self.remainders.put(coupled.remainder, 1 + left_out if len(done) == 1 else 1)
             if one:
                 value = coupled.value
             elif value is not None and coupled.value is not None:
                 tile.of(value).copy_(coupled.value)
-            done.append(coupled._replace(value=None))
+            done.append(coupled._replace(value=None, remainder=None))
             del branch, coupled
-        return self._note(done), value
+        return self._noted(done), value
 
     def _outputs(self, center_value: torch.Tensor, recording: bool) -> Iterator[tuple[Tile, torch.Tensor]]:
         """What the branch gives, tile by tile.
@@ -159,11 +162,8 @@ class LanePass:
             inplace,
         )
 
-    def _note(self, coupled: list[Coupled]) -> torch.Tensor:
-        """Keep what the inverse needs, and return the sum of the checksums."""
-        left_out = len(self.branch.tiles) - len(coupled)  # in a simulation, after the second
-        for number, each in enumerate(coupled):
-            self.remainders.put(each.remainder, 1 + left_out if number == 1 else 1)
+    def _noted(self, coupled: list[Coupled]) -> torch.Tensor:
+        """Take note of all tiles' status, and return the sum of their checksums."""
         if len(coupled) == 1:
             status, checksum = coupled[0].status, coupled[0].checksum
         else:

@@ -201,7 +201,9 @@ class Search:
 
     def notes(self) -> tuple[str, ...]:
         context = f", and {gib(CONTEXT)} for CUDA's context" if self.subject.gpu else ""
+        eight = self.subject.weights == "8bit" and self.subject.model_class is not None
         return (
+            *(["8-bit weights are simulated as torchao's: bitsandbytes' products take more"] if eight else []),
             "time: against a step with all layers reversible, computed from the model's shapes, not measured",
             f"reserve: {SHARE:.0%} for the allocator's rounding and gaps{context}",
         )
@@ -219,11 +221,11 @@ class Search:
             reach = f"not even {self.rows} x 1 token does, the weights being {gib(last.step.weights)}"
         else:
             reach = f"the longest that does is {self.rows} x {longest:,} tokens"
+        room = max(0, self.memory - self.reserve)
         rows = Plan(self.meft, {}, tuple(self.tried), self.memory, self.reserve, self.rows, self.tokens)
         return BudgetError(
             f"a step of {self.rows} x {self.tokens:,} tokens does not fit into {gib(self.memory)}: it takes "
-            f"{gib(last.step.total)} at the least, and {gib(max(0, self.memory - self.reserve))} are for tensors; "
-            f"{reach}. "
+            f"{gib(last.step.total)} at the least, and {gib(room)} are for tensors; {reach}. "
             f"What else helps: {', '.join(help_) or 'shorter texts'}.\n" + table(rows.rows_of_table(), rows.title, ()),
             longest,
             tuple(self.tried),

@@ -89,8 +89,19 @@ def of_model(model: Any, *, gpu: bool | None) -> Subject:
     with simulation(gpu=gpu):
         twin = prepare.as_model(bare_twin(plain, base.dtype, weights, type(base)))
         expected = tensor_bytes([*twin.parameters(), *twin.buffers()])
-    beside = tensor_bytes([*model.parameters(), *model.buffers()]) - expected
+    beside = tensor_bytes([*model.parameters(), *model.buffers(), *_scales(model)]) - expected
     return Subject(**{**vars(subject), "beside": beside})
+
+
+def _scales(model: nn.Module) -> list[torch.Tensor]:
+    """What bitsandbytes hangs on its parameters, as attributes."""
+    found: list[torch.Tensor] = []
+    for parameter in model.parameters():
+        state = getattr(parameter, "quant_state", None)
+        states = [vars(each) for each in (state, getattr(state, "state2", None)) if each is not None]
+        hung = [value for each in states for value in each.values()]
+        found += [value for value in (*hung, getattr(parameter, "SCB", None)) if isinstance(value, torch.Tensor)]
+    return found
 
 
 def _refuse(config: Any) -> None:
