@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import logging
 import math
@@ -15,7 +16,10 @@ from torch import nn
 
 import meft_kernels
 from meft_kernels import MeftConfig
+from meft_kernels.comparison.rivals import RIVALS
 from meft_kernels.engine.tiles import ALIGNMENT, Tile, cut, joined
+from meft_kernels.estimate import twin
+from meft_kernels.estimate.estimator import Estimator
 from meft_kernels.memory import LiveTensorMeter
 
 from .models import (
@@ -237,3 +241,18 @@ def test_hidden_states_in_any_order_of_memory(rows: int) -> None:
         found.append({name: p.grad.clone() for name, p in each.named_parameters() if p.grad is not None})
         each.zero_grad()
     assert worst_error(*found) <= FP32_BOUND
+
+
+@pytest.mark.parametrize("settings", [{}, {"attention": "pieces", "remainders": "host"}])
+def test_simulations_leave_out_tiles_to_the_byte(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ten tiles of 64 rows, of which the estimator runs four."""
+    config = tiny_llama(1).config
+    config.architectures = ["LlamaForCausalLM"]
+    found = []
+    for context in (twin.shortening, contextlib.nullcontext):
+        monkeypatch.setattr(twin, "shortening", context)
+        estimator = Estimator(config, torch.float32, 1, MeftConfig(tile=64, **settings), gpu=False)
+        found.append(estimator.simulate(config, RIVALS["meft"], 640))
+    assert found[0].kept == found[1].kept
+    assert found[0].host == found[1].host
+    assert abs(found[0].peak - found[1].peak) <= 8 * 2 * 10  # a checksum and a status of every tile, 8 bytes each

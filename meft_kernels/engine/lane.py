@@ -58,7 +58,7 @@ class LanePass:
         self.remainders = Remainders(call.tape.host, call.tape.latest)
         call.tape.latest = self.remainders
 
-    def _each(self) -> Iterator[tuple[int, Tile]]:
+    def _undone(self) -> Iterator[tuple[int, Tile]]:
         """The tiles and their numbers. Where tensors hold no data most are left out, and with them their remainders."""
         before = -1
         for number, tile in shortened(list(enumerate(self.branch.tiles))):
@@ -130,7 +130,7 @@ class LanePass:
             self._keep(extras)
             mixed = mixed.detach()
             del extras
-        for number, tile in self._each():
+        for number, tile in shortened(list(enumerate(self.branch.tiles))):
             with torch.set_grad_enabled(recording):
                 x = entering(tile.of(center_value if pieces else mixed), recording)
                 context = entering(attended.of(tile), recording) if pieces else None
@@ -297,7 +297,7 @@ class LanePass:
             del outputs, extras
         del center_value
         checksums = []
-        for number, tile in self._each():
+        for number, tile in self._undone():
             with call.again():
                 x = leaf_of(tile.of(mixed))
                 out = self.branch.rows(number, no_leaf(x))
@@ -335,7 +335,7 @@ class LanePass:
         with call.again():
             attended = pieces.attend(self.branch.tiles, read, recording=True, keeping=True)
         checksums = []
-        for number, tile in self._each():
+        for number, tile in self._undone():
             with call.again():
                 x, context = leaf_of(read(tile)), leaf_of(attended.of(tile))
                 out = self.branch.rows(number, no_leaf(x), pieces, no_leaf(context))
