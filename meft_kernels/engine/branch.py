@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -33,7 +34,7 @@ class LaneBranch:
     @property
     def reads_by_tile(self) -> bool:
         """Whether the recompute makes what it needs of the center's value tile by tile, after a forward."""
-        return len(self.tiles) > 1 and self.pieces() is not None
+        return len(self.tiles) > 1 and self.pieces is not None
 
     @property
     def where(self) -> str:
@@ -83,5 +84,7 @@ class LaneBranch:
                 branch = branch._replace(seed=draw_seed())
         return branch
 
+    @functools.cached_property
     def pieces(self) -> AttentionInPieces | None:
+        """Attention in pieces, if that is how it is to run; decided in forward, for the recompute as well."""
         return self.call.layer.pieces(self.lane.branch, self.call.kwargs, self.seed)

@@ -67,12 +67,15 @@ class Layer(Protocol):
 
 @dataclass
 class Call:
-    """Attributes:
-    layer, tape: whose part of which forward pass.
-    kwargs: the call's arguments beside the hidden states, by name.
-    inputs: tensors besides the streams that need a gradient: parameters, and leaves that stand in ``kwargs`` for the
-        arguments that need one.
-    extras: what the layer returned beside its hidden states.
+    """One call of a layer in one forward pass.
+
+    Attributes:
+        layer: whose call.
+        tape: of the pass.
+        kwargs: the call's arguments beside the hidden states, by name.
+        inputs: tensors besides the streams that need a gradient: parameters, and leaves that stand in ``kwargs`` for
+            the arguments that need one.
+        extras: what the layer returned beside its hidden states.
     """
 
     layer: Layer

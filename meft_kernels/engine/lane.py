@@ -58,6 +58,11 @@ class LanePass:
         self.remainders = Remainders(call.tape.host, call.tape.latest)
         call.tape.latest = self.remainders
 
+    def forget(self) -> None:
+        """Let go of what backward has used."""
+        self.remainders.clear()
+        vars(self.branch).pop("pieces", None)  # it holds the call's masks and position embeddings
+
     def _undone(self) -> Iterator[tuple[int, Tile]]:
         """The tiles and their numbers. Where tensors hold no data most are left out, and with them their remainders."""
         before = -1
@@ -121,7 +126,7 @@ class LanePass:
             return
         if self.lane.branch == "layer":
             self.call.layer.check_blocks(center_value, self.call.kwargs, self.branch.seed())
-        pieces = self.branch.pieces()
+        pieces = self.branch.pieces
         if pieces is not None:
             attended = pieces.attend(self.branch.tiles, lambda tile: tile.of(center_value), recording=recording)
         else:
@@ -187,7 +192,7 @@ class LanePass:
             branch, extras = self.branch.whole(center_carrier)
         else:
             extras = None
-            pieces = self.branch.pieces()
+            pieces = self.branch.pieces
             if pieces is not None:
                 attended = pieces.attend_with_graph(self.branch.tiles, center_carrier)
                 parts = [
@@ -215,7 +220,7 @@ class LanePass:
             wants_value: whether the value of the rebuilt stream is wanted.
         """
         tape, lane = self.call.tape, self.lane
-        if len(self.branch.tiles) > 1 and (pieces := self.branch.pieces()) is not None:
+        if len(self.branch.tiles) > 1 and (pieces := self.branch.pieces) is not None:
             checksum = self._undo_pieces(given, pieces, gradients)
         else:
             if center_value is None:

@@ -172,8 +172,8 @@ class Step:
             tape.observer.rebuilt(self.call.layer.index, tape.x1, tape.x2)
         # The graph, and with it this object, lives as long as somebody holds the loss: keep nothing large in it.
         self.call.kwargs, self.call.inputs = {}, []
-        self.first.remainders.clear()
-        self.second.remainders.clear()
+        self.first.forget()
+        self.second.forget()
         if self.position == tape.first_recorded:
             tape.finish()
         if not wants_input:
