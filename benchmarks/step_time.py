@@ -11,7 +11,6 @@ rival's ratio to ours *within* a round. Settings of ``MeftConfig`` stand behind 
 from __future__ import annotations
 
 import argparse
-import ast
 import copy
 import dataclasses
 from collections.abc import Callable
@@ -22,6 +21,7 @@ from torch import nn
 
 from benchmarks.real import real_batch, real_model
 from meft_kernels import MeftConfig
+from meft_kernels.commands.shared import settings_of
 from meft_kernels.comparison.loop import Footprint, footprint
 from meft_kernels.comparison.records import Record
 from meft_kernels.comparison.rivals import RIVALS, Budget
@@ -43,16 +43,8 @@ def prepared(rival: str, base: nn.Module, budget: Budget) -> nn.Module:
     name, _, settings = rival.partition(":")
     if name not in RIVALS:
         raise SystemExit(f"{name} is none of the rivals {', '.join(RIVALS)}")
-    changed = dict(setting.split("=", 1) for setting in settings.split(",") if setting)
-    config = budget.config.changed(**{key: _value(value) for key, value in changed.items()})
+    config = budget.config.changed(**settings_of(settings.split(",") if settings else None))
     return RIVALS[name].prepare(copy.deepcopy(base), dataclasses.replace(budget, config=config)).train()
-
-
-def _value(text: str) -> object:
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        return text
 
 
 def run(
