@@ -92,16 +92,10 @@ def estimate(
                     estimates.append(Estimate(rival, unavailable=str(error)))
         size = "" if gpu is None else f", into {gpu}"
         stored = "" if weights is None else f" with {weights} weights"
-        console.print(
-            table(
-                estimates,
-                title=f"{model}, {dtype}{stored}, {batch} x {seq:,} tokens{size}",
-                caption=_CAPTION.format(loss=_WITH_LOSS if loss else _WITHOUT_LOSS),
-                config=config,
-                tokens=seq,
-                capacity=capacity,
-            )
-        )
+        console.print(f"{model}, {dtype}{stored}, {batch} x {seq:,} tokens{size}", markup=False, highlight=False)
+        # Wider than some terminals: columns that leave the screen are worse than lines that break.
+        console.print(table(estimates, config=config, capacity=capacity), crop=False)
+        console.print(_CAPTION.format(loss=_WITH_LOSS if loss else _WITHOUT_LOSS), style="italic", highlight=False)
         for each in estimates:
             if each.unavailable:
                 errors.print(f"{each.rival.title}: {each.unavailable}", markup=False, highlight=False)

@@ -37,13 +37,9 @@ def _bytes(value: int) -> str:
     return f"{value / GIB:,.2f}" if value >= GIB / 100 else f"{value / GIB:,.4f}"
 
 
-def table(
-    estimates: list[Estimate], *, title: str, caption: str, config: Any, tokens: int, capacity: int | None
-) -> Table:
+def table(estimates: list[Estimate], *, config: Any, capacity: int | None) -> Table:
     """One row a rival, in GiB."""
-    made = Table(
-        title=title, caption=caption, caption_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False
-    )
+    made = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
     made.add_column("GiB", min_width=len("checkpointing"))
     host = any(estimate.step is not None and estimate.step.host for estimate in estimates)
     columns = ["weights", "grads,\nAdamW", "kept", "peak", "total", *(["host"] if host else [])]
