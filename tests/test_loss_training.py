@@ -266,7 +266,7 @@ def test_trl(loss_type: str, tmp_path: Path) -> None:
     """Whether TRL computes its own loss from the head's weight, or reads the logits."""
     trl = pytest.importorskip("trl")
     datasets = pytest.importorskip("datasets")
-    from .test_trl import TEXTS, arguments, tokenizer
+    from .scenarios.test_trl import TEXTS, arguments, tokenizer
 
     curves = []
     for settings in ({"loss": "full"}, {"loss_rows": 5}):

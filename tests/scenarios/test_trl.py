@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 import meft_kernels
 
-from .models import TRAINABLE_START, relative_error, tiny_llama
+from ..models import TRAINABLE_START, relative_error, tiny_llama
 
 trl = pytest.importorskip("trl")
 datasets = pytest.importorskip("datasets")
