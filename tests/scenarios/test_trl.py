@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import LlamaForSequenceClassification, PreTrainedTokenizerFast
 
 import meft_kernels
 
@@ -68,8 +68,8 @@ def arguments(folder: Path, **overrides: Any) -> dict[str, Any]:
     }
 
 
-def patched(**settings: Any) -> Any:
-    model = tiny_llama()
+def patched(model: Any = None, **settings: Any) -> Any:
+    model = tiny_llama() if model is None else model
     torch.manual_seed(5)
     return meft_kernels.patch(model, **{**TRAINABLE_START, "fraction_bits": 20, **settings})
 
@@ -115,6 +115,67 @@ def test_sft(name: str, tmp_path: Path) -> None:
     assert relative_error(weights[0], start) > 1e-3
     checkpoint = meft_kernels.load_adapter(tiny_llama(), tmp_path / "reversible" / "checkpoint-4")
     assert all(torch.equal(p, weights[0][name]) for name, p in adapters(checkpoint).items())
+
+
+@pytest.mark.parametrize("reused", [False, True], ids=["once", "twice"])
+def test_grpo(reused: bool, tmp_path: Path) -> None:
+    """What the model writes while it learns is judged, to the same losses and weights as under plain autograd."""
+    judged: dict[str, list[list[float]]] = {}
+    curves, weights = [], []
+    for engine in ("reversible", "autograd"):
+        judged[engine] = []
+
+        def short(completions: list[str], engine: str = engine, **_: Any) -> list[float]:
+            judged[engine].append([-float(len(set(text.split()))) for text in completions])
+            return judged[engine][-1]
+
+        model = patched(engine=engine)
+        settings = {"num_generations": 4, "per_device_train_batch_size": 4, "max_completion_length": 6}
+        again = {"num_iterations": 2} if reused else {}  # the second reads log-probabilities of before the first
+        trainer = trl.GRPOTrainer(
+            model,
+            short,
+            trl.GRPOConfig(**arguments(tmp_path / engine, **settings, **again, temperature=1.5)),
+            train_dataset=datasets.Dataset.from_list([{"prompt": pair["prompt"]} for pair in PAIRS]),
+            processing_class=tokenizer(),
+        )
+        trainer.train()
+        curves.append(losses(trainer))
+        weights.append(adapters(model))
+    assert judged["reversible"][0] == judged["autograd"][0]
+    assert len({reward for row in judged["reversible"] for reward in row}) > 1
+    assert len(curves[0]) == 4
+    assert curves[0] == pytest.approx(curves[1], abs=1e-4)
+    assert relative_error(*weights) <= 1e-3
+    assert relative_error(weights[0], adapters(patched())) > 1e-3
+
+
+def test_reward_model(tmp_path: Path) -> None:
+    """A head of one number learns which of two texts is preferred, and is saved with the adapter."""
+    curves, weights = [], []
+    for engine in ("reversible", "autograd"):
+        model = patched(reward_base(), engine=engine)
+        trainer = trl.RewardTrainer(
+            model,
+            trl.RewardConfig(**arguments(tmp_path / engine)),
+            train_dataset=datasets.Dataset.from_list(PAIRS),
+            processing_class=tokenizer(),
+        )
+        trainer.train()
+        curves.append(losses(trainer))
+        weights.append(adapters(model))
+    assert curves[0] == pytest.approx(curves[1], abs=1e-4)
+    assert relative_error(*weights) <= 1e-3
+    assert "score.weight" in weights[0]
+    checkpoint = meft_kernels.load_adapter(reward_base(), tmp_path / "reversible" / "checkpoint-4")
+    assert all(torch.equal(p, weights[0][name]) for name, p in adapters(checkpoint).items())
+
+
+def reward_base() -> Any:
+    config = tiny_llama().config
+    config.num_labels = 1
+    torch.manual_seed(0)
+    return LlamaForSequenceClassification(config)
 
 
 def dpo(model: Any, reference: Any, folder: Path, pairs: list[dict[str, str]] = PAIRS, **overrides: Any) -> Any:
