@@ -20,6 +20,7 @@ from .arguments import caches_in, without_cache
 from .compiling import compiled_for, why_not_compiled
 from .pieces import AttentionInPieces, Seeds, why_whole
 from .replay import seeded
+from .surroundings import buffers_kept
 from .tiles import WHOLE, Tile, auto_rows, cut
 from .variants import Branch, Plan
 
@@ -153,7 +154,7 @@ class PatchedLayer:
         blocks = self.spec.attention_block, self.spec.mlp_block
         if not all(block.__module__.startswith(_PACKAGE) for block in blocks):
             call = without_cache(kwargs)
-            with torch.no_grad():
+            with torch.no_grad(), buffers_kept(self.module):
                 with seeded(seed, hidden_states.device):
                     expected = self.original(hidden_states, **call)
                 with seeded(seed, hidden_states.device):

@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.autograd.function import once_differentiable
 
 from ..memory import shortened
 from ..modules import modules_of
+from .graph import gradients_of
 from .tiles import auto_rows
 
 
@@ -30,9 +30,12 @@ class _ByRows(torch.autograd.Function):
         return norm.by_rows(x, rows)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (x,) = ctx.saved_tensors
+        if torch.is_grad_enabled():  # create_graph=True, which is to go through the formula itself
+            wanted = [x, *ctx.parameters] if x.requires_grad else list(ctx.parameters)
+            made = torch.autograd.grad(ctx.norm.plain(x), wanted, dy, create_graph=True)
+            return (made[0], None, None, *made[1:]) if x.requires_grad else (None, None, None, *made)
         dx = torch.empty_like(x)
         totals: list[torch.Tensor] | None = None
         parts = list(zip(x.split(ctx.rows), dy.split(ctx.rows), dx.split(ctx.rows), strict=True))
@@ -40,7 +43,7 @@ class _ByRows(torch.autograd.Function):
             with torch.enable_grad():
                 leaf = part.detach().requires_grad_()
                 out = ctx.norm.plain(leaf)
-            found, *of_parameters = torch.autograd.grad(out, [leaf, *ctx.parameters], incoming)
+            found, *of_parameters = gradients_of([out], [leaf, *ctx.parameters], [incoming], allow_unused=False)
             target.copy_(found)
             totals = of_parameters if totals is None else [a + b for a, b in zip(totals, of_parameters, strict=True)]
             del leaf, out, found

@@ -6,9 +6,11 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.autograd import forward_ad
+from torch.utils._pytree import tree_leaves
 
 from ..errors import ReversibleUsageError
-from .arguments import cached_tensors, caches_in
+from .arguments import cached_tensors, caches_in, gives_gradient
 
 
 def refuse_replica(module: nn.Module) -> None:
@@ -17,6 +19,15 @@ def refuse_replica(module: nn.Module) -> None:
         raise ReversibleUsageError(
             "nn.DataParallel is not supported, its replicas would compute with the first device's layers: "
             "launch with torchrun (DistributedDataParallel), or show one device (CUDA_VISIBLE_DEVICES=0)"
+        )
+
+
+def refuse_transforms() -> None:
+    """``torch.func`` and forward-mode derivatives, which streams cannot carry."""
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        raise ReversibleUsageError(
+            "torch.func's transforms (grad, vmap, jvp, ...) and forward-mode derivatives do not go through a patched "
+            "model: use torch.autograd.grad, with engine='autograd' where create_graph=True is needed, or unpatch"
         )
 
 
@@ -29,17 +40,21 @@ def refuse_checkpointing(name: str, module: nn.Module) -> None:
         )
 
 
-def refuse_outputs(module: nn.Module, kwargs: dict[str, Any], *, reversible: bool, first: int) -> None:
+def refuse_outputs(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, reversible: bool, first: int
+) -> None:
     """What a call of the model may not ask for while gradients are recorded.
 
     Args:
         module: the model whose forward loops over the layers.
-        kwargs: its call's.
+        args, kwargs: its call's.
         reversible: whether any of its layers drops its activations.
         first: index of the first patched layer.
     """
-    prefix_trains = any(tensor.requires_grad for tensor in cached_tensors(kwargs))
-    if reversible and torch.is_grad_enabled() and (trains(module) or prefix_trains):
+    if not (reversible and torch.is_grad_enabled()):
+        return
+    prefix_trains = gives_gradient(cached_tensors(kwargs))
+    if prefix_trains or trains(module) or gives_gradient(tree_leaves((args, kwargs))):
         for name in ("output_hidden_states", "output_attentions", "output_router_logits"):
             if asked_for(name, module, kwargs):
                 raise ReversibleUsageError(

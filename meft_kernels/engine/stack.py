@@ -7,7 +7,6 @@ last one reads it out.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -19,7 +18,7 @@ from ..architectures import find_architecture
 from ..config import MeftConfig
 from ..errors import ReversibleUsageError, StreamOverflowError, UnsupportedModelError
 from ..targets import LayerList, refuse_partitioned
-from .arguments import caches_in
+from .arguments import copies_of_caches
 from .arithmetic import Arithmetic
 from .calibration import MAX_CALIBRATED_BITS, Probe
 from .layer import PatchedLayer
@@ -28,6 +27,7 @@ from .passes import Passes
 from .refusals import asked_for, refuse_outputs, refuse_replica
 from .remainders import HostMemory
 from .replay import seeded
+from .surroundings import buffers_kept
 from .tape import Counts, Observer, Tape
 from .variants import make_plan
 
@@ -166,7 +166,7 @@ class ReversibleStack:
         self.passes.begin(wants_hidden_states=asked_for("output_hidden_states", module, kwargs))
         refuse_replica(module)
         refuse_partitioned(self.layers[0].module, self.name)
-        refuse_outputs(module, kwargs, reversible=self.reversible_end > self.first, first=self.first)
+        refuse_outputs(module, args, kwargs, reversible=self.reversible_end > self.first, first=self.first)
         if self.arithmetic is None:
             self.calibrate(args, kwargs)
 
@@ -206,7 +206,7 @@ class ReversibleStack:
         Raises:
             NonFiniteError: the model gives NaN or infinities on these inputs; names the layer.
         """
-        kwargs = {**kwargs, **copy.deepcopy(caches_in(kwargs))}
+        kwargs = {**kwargs, **copies_of_caches(kwargs)}
         probe = Probe(impl=self.config.impl)
         before = self.arithmetic, self.observer
         self.arithmetic, self.observer = probe, None
@@ -214,7 +214,7 @@ class ReversibleStack:
         try:
             if self.layerdrop:
                 self.owner.training = False  # the owner's own switch: no layer may be left out, dropout stays as it is
-            with torch.no_grad(), seeded(0, next(self.owner.parameters()).device):
+            with torch.no_grad(), buffers_kept(self.owner), seeded(0, next(self.owner.parameters()).device):
                 self.owner.forward(*args, **kwargs)
         finally:
             self.owner.training = training
