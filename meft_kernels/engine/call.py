@@ -14,7 +14,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from ..adapters import FusedBranch
 from ..errors import ReversibleUsageError
 from .extras import Extras
-from .graph import gradients_of, leaf_of, reached_by
+from .graph import gradients_of, guarded_leaf_of, reached_by
 from .pieces import AttentionInPieces, Seeds
 from .replay import no_leaf, seeded
 from .surroundings import Surroundings, version_of
@@ -111,12 +111,10 @@ class Call:
         return made
 
     def entering(self, tensor: torch.Tensor, recording: bool) -> torch.Tensor:
-        """The tensor's values as the input of a branch that is not differentiated: what it gives is cut off."""
-        return no_leaf(leaf_of(tensor, self.layer.name, recording))
-
-    def leaf_of(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The tensor's values, to differentiate by."""
-        return leaf_of(tensor, self.layer.name)
+        """The tensor's values as the input of a branch in forward, whose graph is dropped."""
+        if not recording:
+            return tensor.detach()
+        return no_leaf(guarded_leaf_of(tensor, self.layer.name))
 
     def note(self, outputs: Sequence[Any], entered: Sequence[torch.Tensor]) -> None:
         """Take note of which ``inputs`` take part in what a branch made of ``entered``.

@@ -64,13 +64,13 @@ def _run_once(tensor: torch.Tensor) -> None:
 
 
 class _Captured:
-    """On the leaf that a branch starts from: only the branch's own differentiation may come down to it."""
+    """On a leaf in forward, whose graph is dropped: a gradient that comes down to it would be lost."""
 
     def __init__(self, where: str) -> None:
         self._where = where
 
     def __call__(self, gradient: torch.Tensor) -> None:
-        if not _state.inner:
+        if not _state.inner:  # arguments' leaves serve the recompute, too
             raise ReversibleUsageError(
                 f"a tensor from inside of {self._where} is part of the loss (a hook has captured it): a reversible "
                 "layer keeps nothing that its gradient could go on through. Use the model's outputs, detach() what "
@@ -78,11 +78,15 @@ class _Captured:
             )
 
 
-def leaf_of(tensor: torch.Tensor, where: str, wanted: bool = True) -> torch.Tensor:
+def leaf_of(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor's values, to differentiate a branch by."""
-    leaf = tensor.detach().requires_grad_(wanted)
-    if wanted:
-        leaf.register_hook(_Captured(where))
+    return tensor.detach().requires_grad_()
+
+
+def guarded_leaf_of(tensor: torch.Tensor, where: str) -> torch.Tensor:
+    """The same for a forward, after which nothing from ``where`` may be part of a loss but what is handed out."""
+    leaf = leaf_of(tensor)
+    leaf.register_hook(_Captured(where))
     return leaf
 
 

@@ -17,6 +17,7 @@ from ..ops import Coupled
 from .branch import LaneBranch
 from .call import Call, Gradients, edge_of
 from .extras import Extras
+from .graph import leaf_of
 from .pieces import AttentionInPieces
 from .remainders import Remainders
 from .replay import no_leaf
@@ -288,7 +289,7 @@ class LanePass:
     def _undo_whole(self, given: Undoing, center_value: torch.Tensor, gradients: Gradients) -> torch.Tensor:
         call = self.call
         with call.again():
-            leaf = call.leaf_of(center_value)
+            leaf = leaf_of(center_value)
             branch, extras = self.branch.whole(no_leaf(leaf))
         outputs = [branch] if extras is None else [branch, *call.extras.again(extras)]
         edges = [edge_of(output) for output in outputs]
@@ -309,7 +310,7 @@ class LanePass:
         mixed, edges, leaf = center_value, [], center_value
         if mixes:
             with call.again():
-                leaf = call.leaf_of(center_value)
+                leaf = leaf_of(center_value)
                 mixed, extras = self.branch.mixed(no_leaf(leaf))
             outputs = [mixed] if extras is None else [mixed, *call.extras.again(extras)]
             edges = [edge_of(output) for output in outputs]
@@ -320,7 +321,7 @@ class LanePass:
         checksums = []
         for number, tile in self._undone():
             with call.again():
-                x = call.leaf_of(tile.of(mixed))
+                x = leaf_of(tile.of(mixed))
                 out = self.branch.rows(number, no_leaf(x))
             checksums.append(self._uncouple(number, tile, given, out.detach()))
             incoming = tile.of(given.dy).to(out.dtype, copy=True)
@@ -355,12 +356,12 @@ class LanePass:
 
         with call.again():
             attended = pieces.attend(
-                self.branch.tiles, lambda tile: call.entering(read(tile), True), recording=True, keeping=True
+                self.branch.tiles, lambda tile: no_leaf(leaf_of(read(tile))), recording=True, keeping=True
             )
         checksums = []
         for number, tile in self._undone():
             with call.again():
-                x, context = call.leaf_of(read(tile)), call.leaf_of(attended.of(tile))
+                x, context = leaf_of(read(tile)), leaf_of(attended.of(tile))
                 out = self.branch.rows(number, no_leaf(x), pieces, no_leaf(context))
             checksums.append(self._uncouple(number, tile, given, out.detach()))
             incoming = tile.of(given.dy).to(out.dtype, copy=True)
@@ -376,7 +377,7 @@ class LanePass:
         attended.backward()
         for number, tile in shortened(list(enumerate(self.branch.tiles))):
             with call.again():
-                x = call.leaf_of(read(tile))
+                x = leaf_of(read(tile))
                 made = pieces.project(number, tile, no_leaf(x))
             edges = [edge_of(part) for part in made]
             del made

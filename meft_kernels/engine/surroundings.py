@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_map_only
 
 from ..errors import ReversibleUsageError
 from ..modules import modules_of
-from .graph import leaf_of
+from .graph import guarded_leaf_of, leaf_of
 from .replay import no_leaf
 
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
@@ -21,19 +21,11 @@ _FLAGS = ("_forward_pre_hooks_with_kwargs", "_forward_hooks_with_kwargs", "_forw
 
 _NOTHING = object()
 
-_Change = tuple[dict[str, Any], str, Any]
-"""A dictionary, a key in it, and what is to be there."""
+_Place = tuple[dict[str, Any], str, Any]
+"""A dictionary of a module's, a key in it, and what is there, or is to be."""
 
 _SMALL = 2**16
 """Elements of a buffer that is kept as it was before forward: running statistics, counters, inverse frequencies."""
-
-
-class _Place(NamedTuple):
-    """Where a module holds a tensor."""
-
-    held: dict[str, Any]
-    name: str
-    tensor: torch.Tensor
 
 
 def version_of(tensor: torch.Tensor) -> int | None:
@@ -42,7 +34,7 @@ def version_of(tensor: torch.Tensor) -> int | None:
 
 
 @contextmanager
-def _in_place(changes: Sequence[_Change]) -> Iterator[None]:
+def _in_place(changes: list[_Place]) -> Iterator[None]:
     """Run a block with these made."""
     before = [held.get(key, _NOTHING) for held, key, _ in changes]
     for held, key, value in changes:
@@ -60,9 +52,14 @@ def _in_place(changes: Sequence[_Change]) -> Iterator[None]:
 @contextmanager
 def buffers_kept(module: nn.Module) -> Iterator[None]:
     """Run a block whose forwards leave running statistics and the like as they were."""
-    held = [(part._buffers, name, tensor) for part in modules_of(module) for name, tensor in part._buffers.items()]
-    small = [(where, name, tensor) for where, name, tensor in held if tensor is not None and tensor.numel() <= _SMALL]
-    with _in_place([(where, name, tensor.clone()) for where, name, tensor in small]):
+    with _in_place(
+        [
+            (part._buffers, name, buffer.clone())
+            for part in modules_of(module)
+            for name, buffer in part._buffers.items()
+            if buffer is not None and buffer.numel() <= _SMALL
+        ]
+    ):
         yield
 
 
@@ -83,14 +80,13 @@ class Surroundings:
         self._module, self._name = module, name
         self._parts = modules_of(module)
         self._modes = [part.training for part in self._parts]
-        # The layer's own hooks run around its call, and not in it.
-        self._hooks = [(part, _hooks_of(part)) for part in self._parts[1:]]
+        self._hooks = _hooks_below(self._parts)
         self.trained: list[torch.Tensor] = []
         self.leaves: list[torch.Tensor] = []
         self._places: list[_Place] = []
         self._parameters: list[torch.Tensor] = []
         self._small: list[_Place] = []
-        self._large: list[tuple[_Place, int | None]] = []
+        self._large: list[tuple[str, torch.Tensor, int | None]] = []
         self._arguments: list[torch.Tensor] = []
         self._versions: list[int | None] = []
         self._look(self._parts)
@@ -103,23 +99,23 @@ class Surroundings:
                 if parameter is not None:
                     leaf = self._leaf_of(parameter, leaves)
                     self._parameters.append(leaf)
-                    self._places.append(_Place(part._parameters, name, leaf))
+                    self._places.append((part._parameters, name, leaf))
             for name, buffer in part._buffers.items():
                 if buffer is None:
                     continue
                 if buffer.requires_grad:
-                    self._places.append(_Place(part._buffers, name, self._leaf_of(buffer, leaves)))
+                    self._places.append((part._buffers, name, self._leaf_of(buffer, leaves)))
                 elif buffer.numel() <= _SMALL:
-                    self._small.append(_Place(part._buffers, name, buffer.clone()))
+                    self._small.append((part._buffers, name, buffer.clone()))
                 else:
-                    self._large.append((_Place(part._buffers, name, buffer), version_of(buffer)))
+                    self._large.append((name, buffer, version_of(buffer)))
         self.leaves += leaves.values()
 
     def _leaf_of(self, tensor: torch.Tensor, leaves: dict[int, torch.Tensor]) -> torch.Tensor:
         if not tensor.requires_grad:
             return tensor
         if id(tensor) not in leaves:
-            leaves[id(tensor)] = tensor if tensor.is_leaf else tensor.detach().requires_grad_()
+            leaves[id(tensor)] = tensor if tensor.is_leaf else leaf_of(tensor)
             self.trained.append(tensor)
         return leaves[id(tensor)]
 
@@ -127,7 +123,7 @@ class Surroundings:
         self._arguments.append(tensor)
         if not tensor.requires_grad:
             return tensor
-        leaf = leaf_of(tensor, self._name)
+        leaf = guarded_leaf_of(tensor, self._name)
         self.trained.append(tensor)
         self.leaves.append(leaf)
         return no_leaf(leaf)
@@ -143,10 +139,10 @@ class Surroundings:
         Raises:
             ReversibleUsageError: forward itself has written to a buffer that is too large to be kept.
         """
-        for place, version in self._large:
-            if version_of(place.tensor) != version:
+        for name, buffer, version in self._large:
+            if version_of(buffer) != version:
                 raise ReversibleUsageError(
-                    f"{self._name} writes to its buffer {place.name} in forward, and a recompute would do "
+                    f"{self._name} writes to its buffer {name} in forward, and a recompute would do "
                     "so once more: put the module that does it into eval mode, or patch(model, engine='autograd')"
                 )
         self._versions = [version_of(tensor) for tensor in self._unchanged()]
@@ -167,22 +163,26 @@ class Surroundings:
         with _in_place(self._changes()):
             yield
 
-    def _changes(self) -> list[_Change]:
-        changes: list[_Change] = []
-        for part, mode in zip(self._parts, self._modes, strict=True):
-            if part.training is not mode:
-                changes.append((part.__dict__, "training", mode))
-        for part, hooks in self._hooks:
-            if _hooks_of(part) != hooks:
-                changes += [(part.__dict__, kind, (hooks or {}).get(kind, OrderedDict())) for kind in _HOOKS + _FLAGS]
-        replaced = [place for place in self._places if place.held.get(place.name) is not place.tensor]
-        if any(place.tensor.numel() and not place.tensor.untyped_storage().size() for place in replaced):
+    def _changes(self) -> list[_Place]:
+        changes: list[_Place] = [
+            (part.__dict__, "training", mode)
+            for part, mode in zip(self._parts, self._modes, strict=True)
+            if part.training is not mode
+        ]
+        hooks = _hooks_below(self._parts)
+        if hooks != self._hooks:
+            for part in {**hooks, **self._hooks}:
+                before = self._hooks.get(part, {})
+                changes += [(part.__dict__, kind, before.get(kind, OrderedDict())) for kind in _HOOKS + _FLAGS]
+        replaced = [(held, name, leaf) for held, name, leaf in self._places if held.get(name) is not leaf]
+        if any(leaf.numel() and not leaf.untyped_storage().size() for _, _, leaf in replaced):
             self._refuse_replaced()  # FSDP has taken the whole weights away again
         return [*changes, *replaced, *self._small]
 
     def _check(self) -> None:
-        present = set(map(id, modules_of(self._module)))
-        if not all(id(part) in present for part in self._parts) or not all(leaf.requires_grad for leaf in self.leaves):
+        present = modules_of(self._module)
+        gone = present != self._parts and not set(present).issuperset(self._parts)
+        if gone or not all(leaf.requires_grad for leaf in self.leaves):
             self._refuse_replaced()
         for tensor, version in zip(self._unchanged(), self._versions, strict=True):
             if version_of(tensor) != version:
@@ -200,16 +200,17 @@ class Surroundings:
 
     def name_of(self, tensor: torch.Tensor) -> str:
         """What the module calls the tensor."""
-        for name, part in self._module.named_modules():
-            for place in self._places:
-                if place.tensor is tensor and (place.held is part._parameters or place.held is part._buffers):
-                    return f"{name}.{place.name}".lstrip(".")
+        for prefix, part in self._module.named_modules():
+            for held, name, leaf in self._places:
+                if leaf is tensor and (held is part._parameters or held is part._buffers):
+                    return f"{prefix}.{name}".lstrip(".")
         return f"an argument of shape {tuple(tensor.shape)}"
 
 
-def _hooks_of(part: nn.Module) -> dict[str, Any] | None:
-    """Copies of a module's hooks by their kinds, None where it has none."""
-    found = part.__dict__
-    if not any(found[kind] for kind in _HOOKS):
-        return None
-    return {kind: found[kind].copy() for kind in _HOOKS + _FLAGS}
+def _hooks_below(parts: list[nn.Module]) -> dict[nn.Module, dict[str, Any]]:
+    """Copies of the hooks in a layer, by module and kind. Its own run around its call, and not in it."""
+    return {
+        part: {kind: part.__dict__[kind].copy() for kind in _HOOKS + _FLAGS}
+        for part in parts[1:]
+        if part._forward_pre_hooks or part._forward_hooks or part._backward_pre_hooks or part._backward_hooks
+    }
