@@ -30,6 +30,7 @@ def gradients_of(
     incoming: Sequence[torch.Tensor],
     *,
     allow_unused: bool = True,
+    retain_graph: bool = False,
 ) -> tuple[Any, ...]:
     """Send ``incoming`` down a branch's graph; None for the inputs that nothing reaches, where that is allowed."""
     for tensor in inputs:
@@ -37,7 +38,7 @@ def gradients_of(
             _run_once(tensor)
     before, _state.inner = _state.inner, True
     try:
-        return torch.autograd.grad(outputs, inputs, incoming, allow_unused=allow_unused)
+        return torch.autograd.grad(outputs, inputs, incoming, retain_graph, allow_unused=allow_unused)
     finally:
         _state.inner = before
 

@@ -152,8 +152,7 @@ class LanePass:
                 x = call.entering(tile.of(center_value if pieces else mixed), recording)
                 context = call.entering(attended.of(tile), recording) if pieces else None
                 out = self.branch.rows(number, x, pieces, context)
-            if number == 0:
-                call.note([out], [x] if context is None else [x, context])
+            call.note([out], [x] if context is None else [x, context])
             del x, context
             out = out.detach()
             yield tile, out

@@ -104,14 +104,14 @@ class AttentionInPieces:
         Args:
             recording: whether to run with gradients recorded.
             keeping: whether attention's own graph is kept for :meth:`Attended.backward`.
-            note: sees what the first of each piece gives, and from what.
+            note: sees what each piece gives, and from what.
         """
         qkv: list[torch.Tensor] = []
         for number, tile in shortened(list(enumerate(tiles))):
             with torch.set_grad_enabled(recording):
                 x = enter(tile)
                 made = self.project(number, tile, x)
-            if note is not None and number == 0:
+            if note is not None:
                 note(made, [x])
             if not qkv:
                 batch, tokens = _shape(tiles)
@@ -128,7 +128,7 @@ class AttentionInPieces:
             parts = [_heads(part, group, groups).detach().requires_grad_(recording) for part in qkv]
             with torch.set_grad_enabled(recording):
                 out = self.core(group, parts)
-            if note is not None and group == 0:
+            if note is not None:
                 note([out], parts)
             attended.add(out, parts if keeping else None)
             del out, parts

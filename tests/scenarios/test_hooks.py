@@ -91,6 +91,23 @@ def test_a_shared_parameter_with_a_hook() -> None:
     assert_same(act)
 
 
+@pytest.mark.parametrize("what", ["loss", "logits"])
+def test_hooks_on_a_head_and_on_norms(what: str) -> None:
+    """The loss in chunks and norms in tiles differentiate by themselves what they compute."""
+    found = []
+    for settings in ({"tile": 4}, {"engine": "autograd", "loss": "full", "lean_norms": False}):
+        torch.manual_seed(5)
+        model = meft_kernels.patch(tiny_llama(), modules_to_save=("lm_head",), **TRAINABLE_START, **settings).train()
+        calls = []
+        for parameter in (model.lm_head.weight, model.model.norm.weight, model.model.layers[1].input_layernorm.weight):
+            parameter.requires_grad_().register_hook(lambda gradient, calls=calls: calls.append(1) or gradient * 0.5)
+        output = model(**tiny_batch(model))
+        (output.loss if what == "loss" else output.logits.square().mean()).backward()
+        assert len(calls) == 3
+        found.append(gradients(model))
+    assert worst_error(*found) <= BOUND
+
+
 @pytest.mark.parametrize("when", ["kept", "taken off after forward", "put on after forward"])
 def test_forward_hooks_are_those_of_the_forward(when: str) -> None:
     """PEFT takes its hooks off after forward, libraries for steering do."""
