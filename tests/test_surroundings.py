@@ -259,7 +259,7 @@ def test_prefix_tuning_by_the_other_engine(bits: int | None) -> None:
     assert worst_error(found[0][1], found[1][1]) < 0.01
 
 
-def test_router_losses_of_a_soft_prompt() -> None:
+def test_losses_on_what_layers_give_beside_a_soft_prompt() -> None:
     peft = pytest.importorskip("peft")
     found = []
     for engine in ("reversible", "autograd"):
@@ -270,7 +270,8 @@ def test_router_losses_of_a_soft_prompt() -> None:
         nn.init.normal_(model.prompt_encoder.default.embedding.weight, std=0.02)
         batch = tiny_batch(tiny_llama(), rows=1)
         if engine == "reversible":
-            with pytest.raises(ReversibleUsageError, match="output_router_logits is not available"):
-                model(**batch, output_router_logits=True)
+            for name in ("output_router_logits", "output_attentions"):
+                with pytest.raises(ReversibleUsageError, match=f"{name} is not available"):
+                    model(**batch, **{name: True})
         found.append(train_step(model, batch))
     assert worst_error(found[0][1], found[1][1]) <= BOUND
