@@ -113,7 +113,7 @@ def store_value(value, values, offsets, mask):
 
 @triton.jit
 def place_weight(place):
-    """``coupling.checksum.weights`` of places of any integer dtype, widened: a product with int32 is one instruction."""
+    """``coupling.checksum.weights`` of places of any integer dtype, widened; times an int32 it is one instruction."""
     hashed = place.to(tl.int32) * _FACTOR
     return ((hashed ^ (hashed >> 15)) | 1).to(tl.int64)
 

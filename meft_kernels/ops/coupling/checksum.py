@@ -43,9 +43,16 @@ def checksum(stream: torch.Tensor, first_row: int = 0) -> torch.Tensor:
         return torch.zeros((), dtype=torch.int64, device=stream.device)
     lines = stream.reshape(-1, columns)
     rows = lines.shape[0]
-    of_columns = weights(0, columns, stream.device)
-    sums = torch.empty(rows, dtype=torch.int64, device=stream.device)
-    step = max(1, _WIDENED.get(stream.device.type, _WIDENED_ELSEWHERE) // columns)
+    sums = _line_sums(lines, weights(0, columns, stream.device))
+    return sums.mul_(weights(~first_row, ~(first_row + rows), stream.device)).sum()
+
+
+def _line_sums(lines: torch.Tensor, of_columns: torch.Tensor) -> torch.Tensor:
+    """``lines @ of_columns``, int64, a few lines at a time."""
+    step = max(1, _WIDENED.get(lines.device.type, _WIDENED_ELSEWHERE) // lines.shape[1])
+    if lines.shape[0] <= step:
+        return lines.to(torch.int64).mul_(of_columns).sum(1)
+    sums = torch.empty(lines.shape[0], dtype=torch.int64, device=lines.device)
     for some, into in shortened(list(zip(lines.split(step), sums.split(step), strict=True))):
         torch.sum(some.to(torch.int64).mul_(of_columns), 1, out=into)
-    return sums.mul_(weights(~first_row, ~(first_row + rows), stream.device)).sum()
+    return sums
