@@ -11,80 +11,45 @@ of their own. A test that is said to notice must pass on the package as it is.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import multiprocessing
-import os
 import shutil
 import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
 from .cases import MUTATIONS, Mutation
+from .child import DIED, ENDED_WELL, FAILED, ROOT, run_tests
 
-ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "mutations.md"
 TIMEOUT = 240
 """Seconds; a case that hangs is noticed, too."""
 PRELOADED = ["torch", "pytest", "transformers.models.llama.modeling_llama", "transformers.models.bert.modeling_bert"]
 """Imported once, before a process is forked for each case."""
 
-_ENDED_WELL, _FAILED = 0, 1
-
-
-class _FirstFailure:
-    """A plugin of pytest's that keeps the name of the test that failed."""
-
-    name: str | None = None
-
-    def pytest_runtest_logreport(self, report: Any) -> None:
-        if report.failed and self.name is None:
-            self.name = report.nodeid
-
-
-def _run_tests(folder: Path, tests: tuple[str, ...], interpreted: bool, log: Path, answer: Any) -> None:
-    """In a process of its own: run ``tests`` on the copy; sends pytest's exit status and the test that failed."""
-    os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1", "HF_HUB_OFFLINE": "1"}
-    if interpreted:
-        os.environ["TRITON_INTERPRET"] = "1"
-    os.chdir(folder)
-    sys.path[:] = [str(folder), *(entry for entry in sys.path if entry and Path(entry).resolve() != ROOT)]
-    import pytest
-    import torch
-
-    torch.set_num_threads(1)
-    seen = _FirstFailure()
-    arguments = [f"tests/{test}" if test.endswith(".py") else test for test in tests]
-    quiet = ["-x", "-q", "-p", "no:cacheprovider", "-c", str(folder / "pyproject.toml"), f"--rootdir={folder}"]
-    with log.open("w") as out, contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
-        status = int(pytest.main([*arguments, *quiet, "-W", "ignore::RuntimeWarning"], plugins=[seen]))
-    import meft_kernels
-
-    assert Path(meft_kernels.__file__).is_relative_to(folder), "another copy of the package was imported"
-    answer.send((status, seen.name))
-
 
 def _tests_on(folder: Path, tests: tuple[str, ...], interpreted: bool) -> tuple[int, str | None]:
-    """Exit status of pytest and the test that failed; ``(1, "no end")`` where it hangs, or the process dies.
+    """Exit status of pytest and the test that failed; ``(1, "no end")`` where there is no end.
 
     Raises:
-        SystemExit: pytest ran no tests, or could not import them.
+        SystemExit: pytest ran no tests, could not import them, or died.
     """
     context = multiprocessing.get_context("forkserver")
     receiving, sending = context.Pipe(duplex=False)
     log = folder / "log.txt"
-    process = context.Process(target=_run_tests, args=(folder, tests, interpreted, log, sending))
+    process = context.Process(target=run_tests, args=(folder, tests, interpreted, log, sending))
     process.start()
     sending.close()
-    found: tuple[int, str | None] = (_FAILED, "no end")
-    with contextlib.suppress(EOFError):
-        if receiving.poll(TIMEOUT):
-            found = receiving.recv()
+    found: tuple[int, str | None]
+    try:
+        found = receiving.recv() if receiving.poll(TIMEOUT) else (FAILED, "no end")
+    except EOFError:  # it died without an answer
+        found = (DIED, None)
     process.kill()
     process.join()
-    if found[0] not in (_ENDED_WELL, _FAILED):
-        raise SystemExit(f"pytest ended with {found[0]} on {' '.join(tests)}:\n{log.read_text()[-4000:]}")
+    if found[0] not in (ENDED_WELL, FAILED):
+        said = log.read_text()[-4000:] if log.exists() else ""
+        raise SystemExit(f"pytest ended with {found[0]} on {' '.join(tests)}:\n{said}")
     return found
 
 
@@ -118,9 +83,9 @@ def noticed_by(mutation: Mutation, whole: Path) -> str | None:
         _copy(folder)
         (folder / "meft_kernels" / mutation.path).write_text(changed(mutation), encoding="utf-8")
         status, test = _tests_on(folder, mutation.tests, mutation.interpreted)
-    if status == _ENDED_WELL or test is None:
+    if status == ENDED_WELL or test is None:
         return None
-    if test.startswith("tests/") and _tests_on(whole, (test,), mutation.interpreted)[0] != _ENDED_WELL:
+    if test.startswith("tests/") and _tests_on(whole, (test,), mutation.interpreted)[0] != ENDED_WELL:
         raise SystemExit(f"{test} fails on the package as it is")
     return test
 
