@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import meft_kernels
+from meft_kernels.engine.arithmetic import Arithmetic
 
 from ..models import FAMILIES, TRAINABLE_START, VARIANTS
 
@@ -33,3 +34,12 @@ def test_they_give_what_dense_ones_do(family: str, variant: str, settings: dict[
     assert found[0].keys() == found[1].keys()
     for name, tensor in found[1].items():
         assert torch.allclose(found[0][name], tensor, rtol=1e-5, atol=1e-6), name
+
+
+@pytest.mark.parametrize("fraction_bits", [16, None])
+def test_streams_are_dense(fraction_bits: int | None) -> None:
+    """Or every kernel would copy them, layer by layer."""
+    lying = torch.randn(2, 64, 6).transpose(1, 2)
+    stream, _ = Arithmetic(fraction_bits).enter(lying)
+    assert stream.is_contiguous()
+    assert stream.data_ptr() != lying.data_ptr()
