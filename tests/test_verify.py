@@ -74,6 +74,28 @@ def test_model_is_left_as_it_was() -> None:
     assert require_state(model).stacks[0].engine == "reversible"
 
 
+def test_parameters_without_a_gradient_are_named() -> None:
+    """Both engines leave them out alike, which is no proof of anything."""
+    model = meft_kernels.patch(tiny_llama(), **TRAINABLE_START)
+    model.idle = torch.nn.Parameter(torch.ones(3))
+    report = meft_kernels.verify(model, tiny_batch(model))
+    assert report.without_gradient == ("idle",)
+    assert report.gradient_error <= 1e-5
+    assert "without a gradient" in str(report)
+    del model.idle
+    assert meft_kernels.verify(model, tiny_batch(model)).without_gradient == ()
+
+
+def test_no_gradient_at_all_is_no_agreement() -> None:
+    model = meft_kernels.patch(tiny_llama().requires_grad_(False), adapters="none")
+    model.idle = torch.nn.Parameter(torch.ones(3))
+    model.model.embed_tokens.register_forward_hook(lambda module, args, out: out.detach().requires_grad_())
+    report = meft_kernels.verify(model, tiny_batch(model))
+    assert report.without_gradient == ("idle",)
+    assert math.isinf(report.gradient_error)
+    assert report.worst_gradient == ("idle", math.inf)
+
+
 def test_nothing_trainable() -> None:
     model = meft_kernels.patch(tiny_llama().requires_grad_(False), adapters="none")
     with pytest.raises(ReversibleUsageError, match="nothing in this model is trainable"):

@@ -47,8 +47,9 @@ class Probe(Arithmetic):
         center: torch.Tensor | None,
         value_dtype: torch.dtype | None,
         inplace: bool,
+        first_row: int = 0,
     ) -> Coupled:
-        coupled = super().couple(a, branch, coefficient, center, value_dtype, inplace)
+        coupled = super().couple(a, branch, coefficient, center, value_dtype, inplace, first_row)
         self._note(coupled.y)
         return coupled
 

@@ -173,6 +173,7 @@ class Passes:
             counts=self._stack.counts,
             host=self._stack.host,
             inplace_gradients=self._stack.config.inplace_gradients,
+            check_layers=self._stack.config.check == "layer",
         )
         if torch.is_grad_enabled():
             self._stack.counts.last_tokens = hidden_states.shape[:-1].numel()
