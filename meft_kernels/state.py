@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
 
 from torch import nn
 
@@ -16,6 +18,8 @@ from .errors import PatchError
 
 if TYPE_CHECKING:
     from .planning import Plan
+
+Change = TypeVar("Change", bound=Callable[..., Any])
 
 STATE = "_meft_state"
 """Attribute of the transformers model under which :class:`PatchState` is kept."""
@@ -95,6 +99,20 @@ def require_state(model: nn.Module) -> PatchState:
     if state is None:
         raise PatchError("this model is not patched: call meft_kernels.patch(model) first")
     return state
+
+
+def between_passes(change: Change) -> Change:
+    """Decorates a function that changes what all threads' passes through a patched model, its first argument, read.
+
+    The function then runs while no other thread is in a forward pass through the model, and none begins.
+    """
+
+    @functools.wraps(change)
+    def waiting(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        with require_state(model).stacks[0].gate.changing():
+            return change(model, *args, **kwargs)
+
+    return cast(Change, waiting)
 
 
 def adapter_module_names(state: PatchState) -> list[str]:

@@ -35,30 +35,26 @@ _IDENTITIES = (
 def hooks_between(layer: PatchedLayer, following: PatchedLayer) -> list[Any]:
     """All that is called, or called in backward, with the hidden states between two layers."""
     module, after = layer.module, following.module
-    return [
-        hook
-        for hooks in (
-            module._forward_hooks,
-            module._backward_hooks,
-            module._backward_pre_hooks,
-            after._forward_pre_hooks,
-            after._backward_hooks,
-            after._backward_pre_hooks,
-            _every_module._global_forward_hooks,
-            _every_module._global_forward_pre_hooks,
-            _every_module._global_backward_hooks,
-            _every_module._global_backward_pre_hooks,
-        )
-        if hooks
-        for hook in hooks.values()
-    ]
+    registered = (
+        module._forward_hooks,
+        module._backward_hooks,
+        module._backward_pre_hooks,
+        after._forward_pre_hooks,
+        after._backward_hooks,
+        after._backward_pre_hooks,
+        _every_module._global_forward_hooks,
+        _every_module._global_forward_pre_hooks,
+        _every_module._global_backward_hooks,
+        _every_module._global_backward_pre_hooks,
+    )
+    return [hook for hooks in registered for hook in hooks.values()] if any(registered) else []
 
 
 def may_look(layer: PatchedLayer, following: PatchedLayer, hooks: list[Any]) -> bool:
     """Whether anybody else than the two layers may read the hidden states, or their gradient."""
     if not (layer.is_bound and following.is_bound):
         return True  # somebody's wrapper around a forward
-    return any(not str(getattr(hook, "__module__", None)).startswith(_LOOK_AWAY) for hook in hooks)
+    return bool(hooks) and not all(str(getattr(hook, "__module__", None)).startswith(_LOOK_AWAY) for hook in hooks)
 
 
 class Seam:
