@@ -62,8 +62,8 @@ class ReversibleStack:
         self.counts = Counts()
         self.host = HostMemory() if config.remainders == "host" else None
         """Where remainders wait between forward and backward, None for the device itself."""
-        self.max_bits = MAX_CALIBRATED_BITS
-        """Calibration goes no finer; lowered when streams overflowed what it had chosen."""
+        self.max_bits: int | None = None
+        """Calibration goes no finer, where streams have overflowed what it had chosen."""
         self.passes = Passes(self)
         self.arithmetic = self.given_arithmetic(config)
         rows = config.tile if isinstance(config.tile, int) else None
@@ -121,7 +121,7 @@ class ReversibleStack:
     def take_up(self, config: MeftConfig, arithmetic: Arithmetic | None) -> None:
         """Go on with another adapter's settings and calibration."""
         self.abandon()
-        self.config, self.arithmetic, self.max_bits = config, arithmetic, MAX_CALIBRATED_BITS
+        self.config, self.arithmetic, self.max_bits = config, arithmetic, None
 
     def abandon(self) -> None:
         """Forget the pass under way, if any."""
@@ -156,11 +156,13 @@ class ReversibleStack:
                 raise StreamOverflowError(
                     f"{error} Patch with a smaller fraction_bits than {self.config.fraction_bits}."
                 ) from None
-            self.max_bits = max(0, (tape.arithmetic.fraction_bits or 0) - 2)
+            fewer = max(0, (tape.arithmetic.fraction_bits or 0) - 2)
+            self.max_bits = fewer if self.max_bits is None else min(fewer, self.max_bits)
             self.arithmetic = None
             raise StreamOverflowError(
                 f"{error} fraction_bits will be calibrated anew on the next forward, to {self.max_bits} at most: "
-                "repeat this batch or go on with the next."
+                "repeat this batch or go on with the next. To resume from a checkpoint in another process, patch with "
+                f"fraction_bits={self.max_bits}."
             ) from None
 
     def begin(self, call: OwnerCall) -> None:
@@ -217,11 +219,12 @@ class ReversibleStack:
         if self.config.arithmetic == "exact":
             self.arithmetic = None
 
-    def set_fraction_bits(self, fraction_bits: int) -> None:
-        """Use these, calibrated elsewhere; fewer, if streams have overflowed here since."""
-        if self.config.fraction_bits is None and self.max_bits < MAX_CALIBRATED_BITS:
-            fraction_bits = min(fraction_bits, self.max_bits)
+    def set_fraction_bits(self, fraction_bits: int) -> int:
+        """Use these, calibrated elsewhere; fewer, if streams overflowed here or the settings say so. Returns them."""
+        limits = (self.config.fraction_bits, self.max_bits)
+        fraction_bits = min([fraction_bits, *(limit for limit in limits if limit is not None)])
         self.arithmetic = Arithmetic(fraction_bits, self.config.impl)
+        return fraction_bits
 
     def calibrate(self, call: OwnerCall) -> Arithmetic:
         """Choose ``fraction_bits`` from one forward of the owner in float32 streams, which leaves no trace.
@@ -236,7 +239,8 @@ class ReversibleStack:
             if arithmetic is None:
                 probe = Probe(impl=self.config.impl)
                 self._probe(probe, call)
-                arithmetic = Arithmetic(probe.fraction_bits_for(self.max_bits, self.name), self.config.impl)
+                at_most = MAX_CALIBRATED_BITS if self.max_bits is None else min(self.max_bits, MAX_CALIBRATED_BITS)
+                arithmetic = Arithmetic(probe.fraction_bits_for(at_most, self.name), self.config.impl)
                 self.arithmetic = arithmetic
             return arithmetic
 
