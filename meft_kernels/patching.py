@@ -20,7 +20,7 @@ from .engine.threads import Gate
 from .errors import PatchError
 from .insertion import make_adapters
 from .loss.binding import LossBinding, head_for
-from .state import STATE, PatchState, count_parameters, find_state, require_state, unwrap
+from .state import STATE, PatchState, count_parameters, find_state, is_sentence_encoder, require_state, unwrap
 from .targets import LayerList, check_trainable, find_layers, find_spec, is_peft, modules_to_train
 from .trainer_bindings import CheckpointingBinding, QuantisedBinding
 
@@ -110,6 +110,10 @@ def patch(
         state.bindings += [SavingBinding(base), QuantisedBinding(base)]
     if head is not None:
         state.bindings.append(LossBinding(base, head, config.loss_rows))
+    if is_sentence_encoder(model):
+        from .sentence_encoders import EncoderBinding
+
+        state.bindings.append(EncoderBinding(model, base))
     object.__setattr__(base, STATE, state)
     trainable, total = count_parameters(base)
     logger.info(

@@ -72,7 +72,7 @@ class PatchState:
 
 
 def unwrap(model: Any) -> Any:
-    """The transformers model inside a PEFT, DDP or ``torch.compile`` wrapper."""
+    """The transformers model inside a PEFT, DDP or ``torch.compile`` wrapper, or a model of sentence-transformers."""
     while True:
         if hasattr(model, "get_base_model"):
             model = model.get_base_model()
@@ -80,8 +80,17 @@ def unwrap(model: Any) -> Any:
             model = model.module
         elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
             model = inner
+        elif is_sentence_encoder(model) and model.transformers_model is not None:
+            model = model.transformers_model
         else:
             return model
+
+
+def is_sentence_encoder(model: Any) -> bool:
+    """Whether this is a model of sentence-transformers: modules around a transformer, and a head perhaps."""
+    return any(kind.__module__.startswith("sentence_transformers.") for kind in type(model).__mro__) and hasattr(
+        model, "transformers_model"
+    )
 
 
 def find_state(model: nn.Module) -> PatchState | None:

@@ -119,7 +119,7 @@ def test_resumed_training_is_the_uninterrupted_one(build: Any, arguments: dict[s
 
 
 def test_a_training_whose_streams_overflow_is_resumed_with_fewer_bits(tmp_path: Path) -> None:
-    """The checkpoint has the bits that were too fine: fewer are kept here, and taken where ``fraction_bits`` says so."""
+    """The checkpoint has the bits that were too fine: fewer are kept, and taken where ``fraction_bits`` says so."""
     model = make(tiny_llama)
     first = trainer_for(model, tmp_path, StopAt(4))
     first.train()

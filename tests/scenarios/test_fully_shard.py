@@ -62,7 +62,6 @@ def gathered_when(model: nn.Module, batch: dict[str, torch.Tensor]) -> tuple[lis
     return seen, {name: p.grad.full_tensor() for name, p in model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.filterwarnings("ignore:.*returned a view tensor")
 @pytest.mark.parametrize("settings", [{}, {"reversible_layers": 2}, {"engine": "autograd"}])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_weights_come_and_go_as_in_a_plain_model(variant: str, settings: dict[str, Any]) -> None:
@@ -80,6 +79,7 @@ def test_weights_come_and_go_as_in_a_plain_model(variant: str, settings: dict[st
     assert relative_error(sharded_gradients, gradients) <= 1e-6
 
 
+@pytest.mark.filterwarnings("ignore:Full backward hook is firing")
 def test_hooks_beside_those_of_fully_shard() -> None:
     """Somebody's hook on a sharded layer: the read-out goes through both."""
     torch.manual_seed(5)
