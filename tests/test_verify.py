@@ -140,6 +140,22 @@ def test_coarse_resolution_is_told(caplog: pytest.LogCaptureFixture) -> None:
     assert "the start loss may move" in caplog.text
 
 
+def test_one_large_token_does_not_hide_what_becomes_of_the_others(caplog: pytest.LogCaptureFixture) -> None:
+    hidden_states = torch.randn(1, 64, 64, generator=torch.Generator().manual_seed(0))
+    hidden_states[0, 5] *= 1e6
+    hidden_states[0, -3:] = 0.0  # padding
+    probe = Probe()
+    probe.enter(hidden_states)
+    bits = probe.fraction_bits_for(22, "layers")
+    assert "the start loss may move" in caplog.text
+    assert bits == 6
+    caplog.clear()
+    probe = Probe()
+    probe.enter(hidden_states.clamp(-100, 100))
+    probe.fraction_bits_for(22, "layers")
+    assert not caplog.text
+
+
 def test_calibrating_what_was_given() -> None:
     model = meft_kernels.patch(tiny_llama(), fraction_bits=12)
     with pytest.raises(ReversibleUsageError, match="fraction_bits=12 was given"):
@@ -147,11 +163,16 @@ def test_calibrating_what_was_given() -> None:
     assert math.isfinite(model(**tiny_batch(model)).loss)
 
 
-def test_calibration_with_a_cache_does_not_fill_it() -> None:
+@pytest.mark.parametrize("by_position", [False, True])
+def test_calibration_with_a_cache_does_not_fill_it(by_position: bool) -> None:
     from transformers import DynamicCache
 
     model = meft_kernels.patch(tiny_llama(), **TRAINABLE_START)
     cache = DynamicCache(config=model.config)
+    ids = torch.tensor([[1, 2, 3]])
     with torch.no_grad():
-        model(input_ids=torch.tensor([[1, 2, 3]]), past_key_values=cache, use_cache=True)
+        if by_position:
+            model.model(ids, None, None, cache)
+        else:
+            model(input_ids=ids, past_key_values=cache, use_cache=True)
     assert cache.get_seq_length() == 3
