@@ -56,7 +56,7 @@ class AutoMeftModel:
             AdapterFileError: no such adapter, a damaged one, or one that does not say what it belongs to.
             OSError: the base model is not found (from transformers).
         """
-        folder = _fetch(adapter, revision, {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs})
+        folder = fetch_adapter(adapter, revision, {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs})
         description = read_description(folder)
         source = os.fspath(base_model) if base_model is not None else description["base_model_name_or_path"]
         if not source:
@@ -64,13 +64,7 @@ class AutoMeftModel:
                 f"{folder / CONFIG_NAME} does not name the base model: pass base_model=, or load it yourself and call "
                 "meft_kernels.load_adapter(model, folder)"
             )
-        labels = description.get("labels")
-        if labels is not None:
-            names = {int(index): name for index, name in labels["id2label"].items()}
-            kwargs.setdefault("id2label", names)
-            kwargs.setdefault("label2id", {name: index for index, name in names.items()})
-            if labels.get("problem_type") is not None:
-                kwargs.setdefault("problem_type", labels["problem_type"])
+        kwargs = {**label_options(description), **kwargs}
         if "base_model_revision" in kwargs:
             kwargs["revision"] = kwargs.pop("base_model_revision")
         if cls._auto_class is not None:
@@ -119,7 +113,12 @@ class AutoMeftModelForQuestionAnswering(AutoMeftModel):
     _auto_class = "AutoModelForQuestionAnswering"
 
 
-def _fetch(adapter: str | os.PathLike[str], revision: str | None, options: dict[str, Any]) -> Path:
+def fetch_adapter(adapter: str | os.PathLike[str], revision: str | None, options: dict[str, Any]) -> Path:
+    """The folder of an adapter that is on this machine or on the hub.
+
+    Raises:
+        AdapterFileError: it is nowhere.
+    """
     folder = Path(adapter)
     if folder.is_dir():
         return folder
@@ -131,6 +130,16 @@ def _fetch(adapter: str | os.PathLike[str], revision: str | None, options: dict[
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise AdapterFileError(f"there is no folder {name!r}, and as a hub id it was not found: {error}") from error
     return Path(found)
+
+
+def label_options(description: dict[str, Any]) -> dict[str, Any]:
+    """What a classifier's config must be given to have the classes that the adapter was trained for."""
+    labels = description.get("labels")
+    if labels is None:
+        return {}
+    names = {int(index): name for index, name in labels["id2label"].items()}
+    options = {"id2label": names, "label2id": {name: index for index, name in names.items()}}
+    return options if labels.get("problem_type") is None else {**options, "problem_type": labels["problem_type"]}
 
 
 def _gguf_options(source: str) -> dict[str, Any]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
 
 from torch import nn
 
@@ -16,6 +18,8 @@ from .errors import PatchError
 
 if TYPE_CHECKING:
     from .planning import Plan
+
+Change = TypeVar("Change", bound=Callable[..., Any])
 
 STATE = "_meft_state"
 """Attribute of the transformers model under which :class:`PatchState` is kept."""
@@ -68,7 +72,7 @@ class PatchState:
 
 
 def unwrap(model: Any) -> Any:
-    """The transformers model inside a PEFT, DDP or ``torch.compile`` wrapper."""
+    """The transformers model inside a PEFT, DDP or ``torch.compile`` wrapper, or a model of sentence-transformers."""
     while True:
         if hasattr(model, "get_base_model"):
             model = model.get_base_model()
@@ -76,8 +80,17 @@ def unwrap(model: Any) -> Any:
             model = model.module
         elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
             model = inner
+        elif is_sentence_encoder(model) and model.transformers_model is not None:
+            model = model.transformers_model
         else:
             return model
+
+
+def is_sentence_encoder(model: Any) -> bool:
+    """Whether this is a model of sentence-transformers: modules around a transformer, and a head perhaps."""
+    return any(kind.__module__.startswith("sentence_transformers.") for kind in type(model).__mro__) and hasattr(
+        model, "transformers_model"
+    )
 
 
 def find_state(model: nn.Module) -> PatchState | None:
@@ -95,6 +108,20 @@ def require_state(model: nn.Module) -> PatchState:
     if state is None:
         raise PatchError("this model is not patched: call meft_kernels.patch(model) first")
     return state
+
+
+def between_passes(change: Change) -> Change:
+    """Decorates a function that changes what all threads' passes through a patched model, its first argument, read.
+
+    The function then runs while no other thread is in a forward pass through the model, and none begins.
+    """
+
+    @functools.wraps(change)
+    def waiting(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        with require_state(model).stacks[0].gate.changing():
+            return change(model, *args, **kwargs)
+
+    return cast(Change, waiting)
 
 
 def adapter_module_names(state: PatchState) -> list[str]:

@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 from .config import MeftConfig
 from .errors import PatchError
 from .insertion import make_adapters
-from .state import AdapterSlot, PatchState, require_state, unwrap
+from .state import AdapterSlot, PatchState, between_passes, require_state, unwrap
 from .targets import find_spec
 
 ADAPTER_SETTINGS = (
@@ -76,14 +76,17 @@ def add_slot(model: nn.Module, adapter_name: str, config: MeftConfig) -> None:
     )
 
 
+@between_passes
 def set_adapter(model: nn.Module, adapter_name: str) -> None:
     """Make this adapter the active one: the one that computes, trains, and is in ``state_dict()``.
 
     Parameters of the others leave the model unchanged and come back as the same objects, so that each adapter may have
-    an optimizer of its own. A forward made before must have its backward before the switch, or backward raises.
+    an optimizer of its own. A forward made before must have its backward before the switch, or backward raises. It is
+    the active one for all threads: passes of others under way are waited for, and theirs then wait.
 
     Raises:
         PatchError: the model is not patched, or has no adapter of this name.
+        ReversibleUsageError: in the middle of a forward pass of this thread.
     """
     state, base = require_state(model), unwrap(model)
     if adapter_name == state.active:
@@ -143,8 +146,9 @@ def activated(model: nn.Module, adapter_name: str) -> Iterator[None]:
 def disable_adapter(model: nn.Module) -> Iterator[None]:
     """Inside a ``with`` block the model computes what it did, frozen, before :func:`patch`: DPO's reference, say.
 
-    Bit for bit: adapters and coupling are out of the way. Modules trained beside them (a task head) stay as they are. A
-    backward through a forward made outside of the block must run outside of it, too.
+    Bit for bit: adapters and coupling are out of the way. Modules trained beside them (a task head) stay as they are.
+    It holds for this thread, and for forwards: the backward of one made outside of the block has its adapters inside,
+    too.
 
     Raises:
         PatchError: the model is not patched.

@@ -31,6 +31,7 @@ _RUN_SETTINGS = (
     "lean_norms",
     "inplace_gradients",
     "remainders",
+    "check",
     "loss",
     "loss_rows",
 )

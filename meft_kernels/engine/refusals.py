@@ -40,21 +40,19 @@ def refuse_checkpointing(name: str, module: nn.Module) -> None:
         )
 
 
-def refuse_outputs(
-    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, reversible: bool, first: int
-) -> None:
+def refuse_outputs(module: nn.Module, kwargs: dict[str, Any], *, reversible: bool, first: int) -> None:
     """What a call of the model may not ask for while gradients are recorded.
 
     Args:
         module: the model whose forward loops over the layers.
-        args, kwargs: its call's.
+        kwargs: its call's.
         reversible: whether any of its layers drops its activations.
         first: index of the first patched layer.
     """
     if not (reversible and torch.is_grad_enabled()):
         return
     prefix_trains = gives_gradient(cached_tensors(kwargs))
-    if prefix_trains or trains(module) or gives_gradient(tree_leaves((args, kwargs))):
+    if prefix_trains or trains(module) or gives_gradient(tree_leaves(kwargs)):
         for name in ("output_hidden_states", "output_attentions", "output_router_logits"):
             if asked_for(name, module, kwargs):
                 raise ReversibleUsageError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from typing import Protocol
 
 import torch
@@ -12,6 +13,8 @@ from ..config import MeftConfig
 from ..errors import PatchError
 from ..ops.coupling.api import MAX_FRACTION_BITS
 from .arithmetic import Arithmetic
+
+logger = logging.getLogger(__name__)
 
 _NOT_CALIBRATED = -1
 EXTRA_STATE = "_extra_state"
@@ -25,7 +28,7 @@ class _Stack(Protocol):
     config: MeftConfig
     arithmetic: Arithmetic | None
 
-    def set_fraction_bits(self, fraction_bits: int) -> None: ...
+    def set_fraction_bits(self, fraction_bits: int) -> int: ...
 
 
 class StackState(nn.Module):
@@ -45,14 +48,23 @@ class StackState(nn.Module):
         return torch.tensor([_digest(self._stack.config), bits], dtype=torch.int64)
 
     def set_extra_state(self, state: torch.Tensor) -> None:
-        """Take up the calibration.
+        """Take up the calibration, or keep to fewer bits where streams are known to need them.
 
         Raises:
             PatchError: the state was saved under other settings, or is none of ours. Nothing has been changed.
         """
         bits = self.check(state)
-        if bits is not None:
-            self._stack.set_fraction_bits(bits)
+        if bits is None:
+            return
+        taken = self._stack.set_fraction_bits(bits)
+        if taken != bits:
+            logger.warning(
+                "meft_kernels: streams of %s were saved with fraction_bits=%d and go on with %d: what is computed "
+                "differs from before by their rounding",
+                self._stack.name,
+                bits,
+                taken,
+            )
 
     def check(self, state: torch.Tensor) -> int | None:
         """The ``fraction_bits`` in a saved state, None where there are none.
@@ -74,10 +86,10 @@ class StackState(nn.Module):
             return None
         if not 0 <= bits <= MAX_FRACTION_BITS:
             raise PatchError(f"the saved state of {name} is damaged: fraction_bits is {bits}")
-        if config.fraction_bits not in (None, bits):
+        if config.fraction_bits is not None and config.fraction_bits > bits:  # fewer is the way out of an overflow
             raise PatchError(
                 f"the saved state of {name} has fraction_bits={bits}, and this model was patched with "
-                f"{config.fraction_bits}"
+                f"{config.fraction_bits}: patch with {bits}, or with fewer if its streams overflow"
             )
         return int(bits)
 
