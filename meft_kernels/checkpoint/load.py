@@ -182,10 +182,11 @@ def _load_weights(base: nn.Module, state: PatchState, folder: Path, description:
     targets = dict(base.state_dict(keep_vars=True))
     for key, name in names.items():
         _check_tensor(base, path, key, name, found[key], targets[name])
-    _refuse_other_brought(state, path, parts, {key: (found[key], targets[names[key]]) for key in parts})
     # Nothing was changed so far, and nothing can fail from here on.
-    own(base, state, [names[key] for key, trains in parts.items() if trains])
-    state.brought = tuple(dict.fromkeys((*state.brought, *(names[key] for key, trains in parts.items() if not trains))))
+    frozen = [key for key, trains in parts.items() if not trains]
+    other = [key for key in frozen if state.inactive and not _is_equal(targets[names[key]], found[key])]
+    own(base, state, [names[key] for key, trains in parts.items() if trains or key in other])
+    state.brought = tuple(dict.fromkeys((*state.brought, *(names[key] for key in frozen if key not in other))))
     with torch.no_grad():
         for key, name in names.items():
             if is_extra_state(key):
@@ -217,19 +218,9 @@ def _check_tensor(base: nn.Module, path: Path, key: str, name: str, found: torch
         raise AdapterFileError(f"{path}: {key} holds NaN or infinity")
 
 
-def _refuse_other_brought(
-    state: PatchState, path: Path, parts: dict[str, bool], tensors: dict[str, tuple[torch.Tensor, torch.Tensor]]
-) -> None:
-    """Frozen tensors belong to the model: what one adapter brings is what all compute with."""
-    if not state.inactive:
-        return
-    for key, (found, target) in tensors.items():
-        whole = target.full_tensor() if isinstance(target, DTensor) else target
-        if not parts[key] and not torch.equal(found.to(whole.device, whole.dtype), whole):
-            raise AdapterFileError(
-                f"{path}: {key}, which comes with this adapter, is another than the model's, which its other adapters "
-                f"({', '.join(state.inactive)}) were trained with: load this one into a model of its own"
-            )
+def _is_equal(target: torch.Tensor, found: torch.Tensor) -> bool:
+    whole = target.full_tensor() if isinstance(target, DTensor) else target
+    return torch.equal(whole, found.to(whole.device, whole.dtype))
 
 
 def _placed_like(target: torch.Tensor, source: torch.Tensor) -> torch.Tensor:

@@ -147,7 +147,11 @@ def test_a_refused_load_changes_nothing(kind: str, wrapped: bool) -> None:
     before = {key: value.clone() for key, value in model.state_dict().items()}
     other = {key: value + 1 if value.is_floating_point() and key != KEY else value for key, value in before.items()}
     other[KEY] = spoil(before[KEY])
-    target = AveragedModel(model).module if wrapped else model
+    target: Any = model
+    if wrapped:
+        target = AveragedModel(model)
+        before = {key: value.clone() for key, value in target.state_dict().items()}
+        other = {"n_averaged": before["n_averaged"], **{f"module.{key}": value for key, value in other.items()}}
     with pytest.raises(PatchError, match=message):
         target.load_state_dict(other)
     assert all(torch.equal(value, before[key]) for key, value in target.state_dict().items())

@@ -187,3 +187,28 @@ def test_a_folder_that_lacks_what_trains_here(tmp_path: Path) -> None:
     with pytest.raises(AdapterFileError, match=r"lacks 5 tensors that train here, model\.layers\.0\.input_layernorm"):
         meft_kernels.load_adapter(model, tmp_path)
     assert_equal(model.state_dict(), before)
+
+
+def test_norms_beside_a_lora_are_pefts_to_save(tmp_path: Path) -> None:
+    import peft
+
+    def lora(engine: str) -> Any:
+        torch.manual_seed(3)
+        names = ["input_layernorm", "norm"]
+        config = peft.LoraConfig(target_modules=["q_proj"], modules_to_save=names, init_lora_weights=False)
+        model = peft.get_peft_model(MODELS["llama"](), config)
+        return meft_kernels.patch(model, adapters="none", engine=engine, fraction_bits=18)
+
+    model, oracle = lora("reversible"), lora("autograd")
+    batch = tiny_batch(MODELS["llama"]())
+    gradients = train_step(model.train(), batch)[1]
+    assert sum("norm.modules_to_save" in name for name in gradients) == 5
+    assert relative_error(gradients, train_step(oracle.train(), batch)[1]) < 1e-5
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
+    model(**batch).loss.backward()
+    optimizer.step()
+    model.save_pretrained(tmp_path)
+    again = peft.PeftModel.from_pretrained(MODELS["llama"](), tmp_path)
+    meft_kernels.patch(again, adapters="none", fraction_bits=18)
+    with torch.no_grad():
+        assert torch.equal(again.eval()(**batch).logits, model.eval()(**batch).logits)
