@@ -18,7 +18,7 @@ from .insertion import make_adapters
 from .modules import modules_of
 from .state import AdapterSlot, PatchState, between_passes, require_state, unwrap
 from .targets import find_spec
-from .unfrozen import own_unfrozen
+from .unfrozen import adopt_unfrozen
 
 ADAPTER_SETTINGS = (
     "rank", "activation", "dropout", "down_init_std", "up_init_std", "adapter_dtype", "fraction_bits"
@@ -73,7 +73,7 @@ def add_slot(model: nn.Module, adapter_name: str, config: MeftConfig) -> None:
         [make_adapters(layer.module, stack.hidden_size, base, spec, config) for layer in stack.layers]
         for stack in state.stacks
     ]
-    own_unfrozen(base, state)
+    adopt_unfrozen(base, state)
     state.inactive[adapter_name] = AdapterSlot(
         config,
         layers,
@@ -100,7 +100,7 @@ def set_adapter(model: nn.Module, adapter_name: str) -> None:
     if adapter_name not in state.inactive:
         raise PatchError(f"there is no adapter {adapter_name!r}; the model has {_listed(state)}")
     _check_may_switch(model, state)
-    own_unfrozen(base, state)
+    adopt_unfrozen(base, state)
     coming = state.inactive.pop(adapter_name)
     leaving = trained_tensors(base, state)
     state.inactive[state.active] = AdapterSlot(

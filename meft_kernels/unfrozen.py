@@ -35,16 +35,16 @@ def unfrozen(base: Any, state: PatchState) -> dict[str, nn.Parameter]:
     }
 
 
-def own(base: nn.Module, state: PatchState, names: Iterable[str]) -> None:
-    """Have these parameters of the model belong to the adapters: the others go on with copies of their own."""
+def adopt(base: nn.Module, state: PatchState, names: Iterable[str]) -> None:
+    """Have these tensors of the model belong to the adapters: the others go on with copies of their own."""
     new = [name for name in names if name not in state.trained_modules]
-    parameters = dict(base.named_parameters(remove_duplicate=False))
+    tensors = base.state_dict(keep_vars=True)
     for slot in state.inactive.values():
-        slot.heads.update({name: deepcopy(parameters[name]) for name in new})
+        slot.heads.update({name: deepcopy(tensors[name]) for name in new})
     state.trained_modules = (*state.trained_modules, *new)
 
 
-def own_unfrozen(base: nn.Module, state: PatchState) -> None:
+def adopt_unfrozen(base: nn.Module, state: PatchState) -> None:
     """The same with what was made trainable since the last time.
 
     Raises:
@@ -57,7 +57,7 @@ def own_unfrozen(base: nn.Module, state: PatchState) -> None:
             f"each of which needs its own. Make them trainable before add_adapter and load_adapter, freeze them again "
             f"(requires_grad_(False)), or delete_adapter the others ({', '.join(state.inactive)})"
         )
-    own(base, state, new)
+    adopt(base, state, new)
 
 
 def _owned(base: nn.Module, state: PatchState) -> Iterable[nn.Parameter]:

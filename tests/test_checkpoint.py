@@ -152,6 +152,8 @@ DAMAGE = {
     "NaN for a state": (change_state(lambda state: state.fill_(torch.nan)), "is damaged, or a sum"),
     "odd state": (change_tensors(lambda tensors: tensors.update({STATE_KEY: torch.zeros(3)})), "93 numbers were"),
     "parts no object": (change_config(parts=["x"]), "no valid 'parts'"),
+    "parts of nothing": (change_config(parts={"x": True}), "lacks 1 tensors that train here, x among"),
+    "parts that cannot train": (change_config(parts={STATE_KEY: True}), "_extra_state trains, which is no parameter"),
     "ties no lists": (change_config(tied={"x": "y"}), "no valid 'tied'"),
     "checksums no numbers": (change_config(base_checksums={"x": ["float32", "y"]}), "no valid 'base_checksums'"),
     "integers for weights": (

@@ -17,7 +17,7 @@ from ..errors import AdapterFileError, PatchError
 from ..patching import Model, check_same_settings, patch, unpatch
 from ..state import DEFAULT_ADAPTER, PatchState, find_state, require_state, unwrap
 from ..switching import ADAPTER_SETTINGS, activated, add_slot, delete_adapter
-from ..unfrozen import own
+from ..unfrozen import adopt
 from .base_model import are_checksums, check_base, is_fingerprint
 from .files import CONFIG_NAME, FORMAT, WEIGHTS_NAME, is_extra_state, read_json, read_shapes, read_tensors, saved_names
 from .names import plain_name
@@ -172,7 +172,7 @@ def _load_weights(base: nn.Module, state: PatchState, folder: Path, description:
     names = saved_names(base, state)
     here = {plain_name(name): name for name in base.state_dict()}
     names |= {key: here[key] for key in parts if key in here}
-    if missing := sorted(names.keys() - found.keys()):
+    if missing := sorted((names.keys() | parts.keys()) - found.keys()):
         raise AdapterFileError(f"{path} lacks {len(missing)} tensors that train here, {missing[0]} among them")
     if unexpected := sorted(found.keys() - names.keys()):
         raise AdapterFileError(
@@ -182,10 +182,12 @@ def _load_weights(base: nn.Module, state: PatchState, folder: Path, description:
     targets = dict(base.state_dict(keep_vars=True))
     for key, name in names.items():
         _check_tensor(base, path, key, name, found[key], targets[name])
+        if parts.get(key) and not isinstance(targets[name], nn.Parameter):
+            raise AdapterFileError(f"{folder / CONFIG_NAME} says that {key} trains, which is no parameter")
     # Nothing was changed so far, and nothing can fail from here on.
     frozen = [key for key, trains in parts.items() if not trains]
     other = [key for key in frozen if state.inactive and not _is_equal(targets[names[key]], found[key])]
-    own(base, state, [names[key] for key, trains in parts.items() if trains or key in other])
+    adopt(base, state, [names[key] for key, trains in parts.items() if trains or key in other])
     state.brought = tuple(dict.fromkeys((*state.brought, *(names[key] for key in frozen if key not in other))))
     with torch.no_grad():
         for key, name in names.items():

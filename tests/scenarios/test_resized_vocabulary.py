@@ -143,25 +143,28 @@ def test_a_base_without_a_name_is_compared(tmp_path: Path) -> None:
     assert find_state(other) is None
 
 
-def test_adapters_that_bring_rows(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["tied", "encoder-decoder"])
+def test_adapters_that_bring_rows(kind: str, tmp_path: Path) -> None:
     """Equal ones are shared, others are each adapter's own."""
-    load = published(MODELS["tied"], tmp_path / "base")
+    load = published(MODELS[kind], tmp_path / "base")
     expected = {}
     for name, value in (("a", 1.0), ("b", 1.0), ("c", 2.0)):
         model = meft_kernels.patch(resized(load()), **TRAINABLE_START)
         with torch.no_grad():
-            model.model.embed_tokens.weight[VOCABULARY:] = value
+            model.get_input_embeddings().weight[VOCABULARY:] = value
+            if kind == "encoder-decoder":
+                model.final_logits_bias[:, VOCABULARY:] = value
         expected[name] = logits(model)
         meft_kernels.save_adapter(model, tmp_path / name)
     all_three = meft_kernels.AutoMeftModel.from_pretrained(tmp_path / "a")
-    weight = all_three.model.embed_tokens.weight
+    weight = all_three.get_input_embeddings().weight
     for name in expected:
         meft_kernels.load_adapter(all_three, tmp_path / name, name)
-        assert (all_three.model.embed_tokens.weight is weight) == (name != "c")
+        assert (all_three.get_input_embeddings().weight is weight) == (name != "c")
     for name in (*expected, "default"):
         meft_kernels.set_adapter(all_three, name)
         assert torch.equal(logits(all_three), expected["a" if name == "default" else name])
-        assert all_three.lm_head.weight is all_three.model.embed_tokens.weight
+        assert all_three.get_output_embeddings().weight is all_three.get_input_embeddings().weight
         meft_kernels.save_adapter(all_three, tmp_path / f"{name} again")
         alone = meft_kernels.AutoMeftModel.from_pretrained(tmp_path / f"{name} again")
         assert torch.equal(logits(alone), logits(all_three))
