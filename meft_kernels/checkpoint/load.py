@@ -214,7 +214,9 @@ def _check_tensor(base: nn.Module, path: Path, key: str, name: str, found: torch
         elif f".{ADAPTERS}." not in key and found.shape[1:] == target.shape[1:]:
             way_out = f": if it is a task head, load the model with num_labels={rows}"
         raise AdapterFileError(f"{path}: {key} is {tuple(found.shape)}, the model's {tuple(target.shape)}{way_out}")
-    elif found.is_floating_point() != target.is_floating_point():
+    elif found.is_floating_point() != target.is_floating_point() or (
+        found.itemsize == 1 and found.dtype != target.dtype  # eight bits are no rounding of more
+    ):
         raise AdapterFileError(f"{path}: {key} is {found.dtype}, the model's {target.dtype}")
     elif not torch.isfinite(found.float()).all():
         raise AdapterFileError(f"{path}: {key} holds NaN or infinity")
