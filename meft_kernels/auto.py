@@ -85,7 +85,7 @@ class AutoMeftModel:
                 f"the base model {source!r}, which {folder / CONFIG_NAME} names, is not found: if it is somewhere "
                 f"else, pass base_model= ({error})"
             ) from error
-        _resize_as_saved(model, description, folder)
+        resize_as_saved(model, description, folder)
         return load_adapter(model, folder)
 
 
@@ -148,7 +148,7 @@ def label_options(description: dict[str, Any]) -> dict[str, Any]:
     return options if labels.get("problem_type") is None else {**options, "problem_type": labels["problem_type"]}
 
 
-def _resize_as_saved(model: Any, description: dict[str, Any], folder: Path) -> None:
+def resize_as_saved(model: Any, description: dict[str, Any], folder: Path) -> None:
     """Give the base model as many tokens as the adapter was trained with, where the adapter brings their rows."""
     rows, saved = embedding_rows(model), description.get("vocab_size")
     if rows is None or not isinstance(saved, int) or saved == rows:
