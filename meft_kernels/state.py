@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
 
+import torch
 from torch import nn
 
 from .adapters import Adapter
@@ -33,8 +34,8 @@ class AdapterSlot:
     config: MeftConfig
     layers: list[list[dict[str, Adapter]]]
     """Of every stack, of every patched layer."""
-    heads: dict[str, nn.Module]
-    """Modules trained with it, by name."""
+    heads: dict[str, torch.Tensor]
+    """Parameters and buffers of what is trained with it, by name."""
     arithmetics: list[Arithmetic | None]
     """Of every stack."""
 
@@ -53,7 +54,7 @@ class PatchState:
     """Settings of the active adapter."""
     stacks: list[ReversibleStack]
     trained_modules: tuple[str, ...]
-    """Modules trained and saved whole beside the adapters."""
+    """Modules, and parameters that are in none of them, trained and saved whole beside the adapters."""
     required_grad: dict[str, bool]
     """``requires_grad`` of every parameter before."""
     active: str = DEFAULT_ADAPTER
@@ -62,6 +63,9 @@ class PatchState:
     """The others, by name."""
     bindings: list[Binding] = field(default_factory=list)
     """What was bound on the model besides its layers' forwards."""
+    brought: tuple[str, ...] = ()
+    """Frozen tensors that came from an adapter's folder (rows of a resized vocabulary), by name: the model's, and saved
+    with its adapters again."""
     plan: Plan | None = None
     """How the settings were chosen, where a budget was given."""
 
