@@ -20,7 +20,16 @@ from .engine.threads import Gate
 from .errors import PatchError
 from .insertion import make_adapters
 from .loss.binding import LossBinding, head_for
-from .state import STATE, PatchState, count_parameters, find_state, is_sentence_encoder, require_state, unwrap
+from .state import (
+    STATE,
+    PatchState,
+    between_passes,
+    count_parameters,
+    find_state,
+    is_sentence_encoder,
+    require_state,
+    unwrap,
+)
 from .targets import LayerList, check_trainable, find_layers, find_spec, is_peft, modules_to_train
 from .trainer_bindings import CheckpointingBinding, QuantisedBinding
 
@@ -173,6 +182,7 @@ def check_same_settings(here: MeftConfig, asked: MeftConfig) -> None:
         )
 
 
+@between_passes
 def unpatch(model: Model) -> Model:
     """Undo :func:`patch`: adapters dropped, all of them, forwards, hooks, ``requires_grad`` as before. Save them first.
 

@@ -16,7 +16,7 @@ from .config import Engine
 from .engine.replay import seeded
 from .engine.surroundings import buffers_kept
 from .errors import ReversibleUsageError
-from .state import PatchState, fraction_bits_of, require_state, unwrap
+from .state import PatchState, between_passes, fraction_bits_of, require_state, unwrap
 from .switching import disable_adapter
 
 Batch = Mapping[str, Any]
@@ -124,6 +124,7 @@ def calibrate(model: nn.Module, batch: Batch) -> tuple[int | None, ...]:
     return fraction_bits_of(state)
 
 
+@between_passes
 def verify(model: nn.Module, batch: Batch) -> VerifyReport:
     """Run one batch both ways and hold every layer's rebuilt input and every gradient against the reference.
 

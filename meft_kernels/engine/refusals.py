@@ -13,8 +13,8 @@ from ..errors import ReversibleUsageError
 from .arguments import cached_tensors, caches_in, gives_gradient
 
 
-def refuse_replica(module: nn.Module) -> None:
-    """A copy that ``nn.DataParallel`` made of the model shares the patched layers with it."""
+def refuse_replica(module: nn.Module, _: Any = None) -> None:
+    """A copy that ``nn.DataParallel`` made of the model shares the patched layers with it. A forward pre-hook."""
     if getattr(module, "_is_replica", False):
         raise ReversibleUsageError(
             "nn.DataParallel is not supported, its replicas would compute with the first device's layers: "

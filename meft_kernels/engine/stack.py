@@ -72,8 +72,9 @@ class ReversibleStack:
         self._norms = lean_norms(self.owner, rows, outside=compiled) if config.lean_norms else []
         for norm in self._norms:
             norm.bind()
-        self._bound = BoundOwner(self, self.owner)
-        self._bound.bind()
+        self._bound = BoundOwner.of(self, self.owner)
+        # A hook, for a copy has the model's own forward, and which module is called is all there is to tell it by.
+        self._replicas = self.owner.register_forward_pre_hook(refuse_replica)
 
     def __getstate__(self) -> dict[str, Any]:
         # For copy.deepcopy and pickle: the spec's callables need not be importable, and the reader of a pickle has
@@ -106,6 +107,7 @@ class ReversibleStack:
         for norm in self._norms:
             norm.unbind()
         self._bound.release()
+        self._replicas.remove()
         # Break the cycles, so that `del model` frees its memory at once.
         del self.passes
         self.layers.clear()
@@ -169,7 +171,6 @@ class ReversibleStack:
         """A call of the owner begins: refuse what cannot be, calibrate if nobody has."""
         self.gate.enter()
         try:
-            refuse_replica(self.owner)
             refuse_partitioned(self.layers[0].module, self.name)
             refuse_outputs(self.owner, call.named, reversible=self.reversible_end > self.first, first=self.first)
             self.passes.begin(
