@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -222,7 +222,7 @@ class PatchedLayer(BoundForward):
 
     def with_adapters(self) -> AbstractContextManager[None]:
         """For a block, what a recompute finds: a pass has its adapters, wherever its backward runs."""
-        return self.stack.bypass(False)
+        return self.stack.bypass(False) if self.stack.bypassed else nullcontext()
 
     def _call(self, function: Callable[..., Any], hidden_states: torch.Tensor, kwargs: dict[str, Any]) -> Any:
         """A piece of the pretrained layer, compiled if that was asked for.
