@@ -64,6 +64,7 @@ def test_accelerate_wraps_and_unwraps_it() -> None:
     """Mixed precision: accelerate takes methods apart, wraps their functions, and binds them again."""
     accelerate = pytest.importorskip("accelerate")
     model = patched()
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)  # what a Trainer has left in this process
     accelerator = accelerate.Accelerator(cpu=True, mixed_precision="bf16")
     prepared = accelerator.prepare(model)
     assert "input_ids" in inspect.signature(prepared.forward).parameters
@@ -87,6 +88,7 @@ def test_accelerate_wraps_and_unwraps_it() -> None:
     meft_kernels.unpatch(unwrapped)
     assert vars(unwrapped).keys().isdisjoint({"forward", "_meft_forward"})
     assert torch.equal(last_hidden_state(unwrapped), last_hidden_state(base_model()))
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def test_a_forward_that_raises_leaves_nothing_behind() -> None:
