@@ -30,10 +30,11 @@ def saved_names(base: nn.Module, state: PatchState) -> dict[str, str]:
     Raises:
         PatchError: a layer's adapters are not in ``state_dict()`` under any name known here.
     """
-    prefixes = [f"{_key(name)}." for name in (*adapter_module_names(state), *state.trained_modules)]
-    names = {_key(name): name for name in base.state_dict() if _key(name).startswith(tuple(prefixes))}
+    parts = [_key(name) for name in (*adapter_module_names(state), *state.trained_modules)]
+    prefixes = tuple(f"{part}." for part in parts)
+    names = {_key(name): name for name in base.state_dict() if f"{_key(name)}.".startswith(prefixes)}
     for prefix in prefixes:
-        if not any(key.startswith(prefix) for key in names):
+        if not any(f"{key}.".startswith(prefix) for key in names):
             raise PatchError(f"no tensors are named {prefix}*: is the layer inside a wrapper? Save the model it wraps")
     return names
 

@@ -18,6 +18,7 @@ from ..notices import warn_once
 from .arguments import caches_in, without_cache
 from .bound import BoundForward
 from .compiling import compiled_for, why_not_compiled
+from .exporting import exporting, record
 from .pieces import AttentionInPieces, Seeds, why_whole
 from .replay import seeded
 from .tiles import WHOLE, Tile, auto_rows, cut
@@ -38,6 +39,7 @@ class Stack(Protocol):
     spec: LayerSpec
     plan: Plan
     config: MeftConfig
+    layers: list[PatchedLayer]
     in_turn: bool
 
     @property
@@ -84,6 +86,11 @@ class PatchedLayer(BoundForward):
         return self.stack.plan
 
     @property
+    def is_last(self) -> bool:
+        """Whether the streams are read out after it."""
+        return self is self.stack.layers[-1]
+
+    @property
     def adapters(self) -> dict[str, Adapter]:
         """The adapters in this layer, by name: ``ffn`` and ``stream``, or none."""
         return {} if self.adapter is None or self.tap is None else {"ffn": self.tap.adapter, "stream": self.adapter}
@@ -106,7 +113,8 @@ class PatchedLayer(BoundForward):
         try:
             if self.tap is not None:
                 self.tap.follow(self.spec.ffn_reads(self.module), self.spec.ffn_writes(self.module))
-            hidden_states, extras = self.stack.run(self, hidden_states, kwargs)
+            run = record if exporting() else self.stack.run
+            hidden_states, extras = run(self, hidden_states, kwargs)
         except BaseException:
             self.stack.abandon()
             if self.tap is not None:

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from .bound import BoundForward
+from .exporting import exporting
 
 
 class Stack(Protocol):
@@ -60,7 +61,7 @@ class BoundOwner(BoundForward):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The model's call, with a pass through the stack around it."""
         stack = self._stack
-        if stack is None or stack.bypassed:
+        if stack is None or stack.bypassed or exporting():
             return self.original(*args, **kwargs)
         self._begin(stack, args, kwargs)
         try:
