@@ -16,6 +16,12 @@ from ..errors import ReversibleUsageError
 if TYPE_CHECKING:
     from .layer import PatchedLayer
 
+WHY_NOT_COMPILED = (
+    "a patched layer must give the same bits in forward as in its recompute. torch.export takes it with strict=False, "
+    "its default"
+)
+"""What ``torch.compile`` and a strict export say of it."""
+
 Streams = tuple[torch.Tensor, torch.Tensor]
 
 

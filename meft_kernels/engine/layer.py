@@ -18,7 +18,7 @@ from ..notices import warn_once
 from .arguments import caches_in, without_cache
 from .bound import BoundForward
 from .compiling import compiled_for, why_not_compiled
-from .exporting import exporting, record
+from .exporting import WHY_NOT_COMPILED, exporting, record
 from .pieces import AttentionInPieces, Seeds, why_whole
 from .replay import seeded
 from .tiles import WHOLE, Tile, auto_rows, cut
@@ -101,7 +101,7 @@ class PatchedLayer(BoundForward):
         getattr(self.module, ADAPTERS).update(adapters)
         self.adapter, self.tap.adapter = adapters["stream"], adapters["ffn"]
 
-    @torch.compiler.disable  # a compiled forward and an eager recompute would differ in their bits
+    @torch.compiler.disable(reason=WHY_NOT_COMPILED)
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The layer's call."""
         if self.stack.bypassed:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from .bound import BoundForward
-from .exporting import exporting
+from .exporting import WHY_NOT_COMPILED, exporting
 
 
 class Stack(Protocol):
@@ -73,14 +73,14 @@ class BoundOwner(BoundForward):
 
     # Around what torch.compile may trace.
 
-    @torch.compiler.disable
+    @torch.compiler.disable(reason=WHY_NOT_COMPILED)
     def _begin(self, stack: Stack, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         stack.begin(OwnerCall(self, args, kwargs))
 
-    @torch.compiler.disable
+    @torch.compiler.disable(reason=WHY_NOT_COMPILED)
     def _finish(self, stack: Stack, returned: Any) -> None:
         stack.finish(returned)
 
-    @torch.compiler.disable
+    @torch.compiler.disable(reason=WHY_NOT_COMPILED)
     def _leave(self, stack: Stack) -> None:
         stack.leave()
