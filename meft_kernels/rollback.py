@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable
 from typing import Any
 
@@ -23,18 +22,23 @@ class all_or_nothing:
     def __init__(self, model: nn.Module, objects: Iterable[object] = ()) -> None:
         """Of a model, and of other objects and tensors that the block changes."""
         others = list(objects)
-        things = [*modules_of(model), *(thing for thing in others if not isinstance(thing, torch.Tensor))]
-        self._attributes = [(thing, dict(vars(thing))) for thing in things]
-        held = [value for _, attributes in self._attributes for value in attributes.values()]
-        self._containers = [(value, copy.copy(value)) for value in held if isinstance(value, dict | list | set)]
-        modules = [thing for thing in things if isinstance(thing, nn.Module)]
+        # Lists side by side, not of tuples: so many new objects would have Python collect its garbage each time.
+        self._things = [*modules_of(model), *(thing for thing in others if not isinstance(thing, torch.Tensor))]
+        self._attributes = [dict(vars(thing)) for thing in self._things]
+        held = (value for attributes in self._attributes for value in attributes.values())
+        # By type(): a config's __class__ goes through a __getattribute__ of transformers'.
+        self._containers: list[Any] = [value for value in held if issubclass(type(value), (dict, list, set))]
+        self._contents = [_content(container) for container in self._containers]
+        modules = [thing for thing in self._things if isinstance(thing, nn.Module)]
         held_by_modules = (p for module in modules for p in module._parameters.values() if p is not None)
         alone = (thing for thing in others if isinstance(thing, torch.Tensor))
-        parameters = {id(p): p for p in (*held_by_modules, *alone)}.values()
-        self._parameters = [(p, p.requires_grad, p.grad) for p in parameters]
-        tensors = [*parameters, *(p.grad for p in parameters if p.grad is not None)]
+        self._tensors = list({id(p): p for p in (*held_by_modules, *alone)}.values())
+        self._trains = [tensor.requires_grad for tensor in self._tensors]
+        self._gradients = [tensor.grad if tensor.is_leaf else None for tensor in self._tensors]
         # Of plain tensors; what quantised and distributed ones show is not changed by anything here.
-        self._shown = [(t, t.data) for t in tensors if type(t) in (nn.Parameter, torch.Tensor)]
+        shown = (*self._tensors, *(gradient for gradient in self._gradients if gradient is not None))
+        self._plain = [tensor for tensor in shown if type(tensor) in (nn.Parameter, torch.Tensor)]
+        self._shown = [tensor.data for tensor in self._plain]
         self._values: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def keep(self, tensors: Iterable[torch.Tensor]) -> None:
@@ -50,25 +54,30 @@ class all_or_nothing:
 
     def _restore(self) -> None:
         """Put all of it back; containers and tensors stay the same objects."""
-        for container, content in self._containers:
+        for container, content in zip(self._containers, self._contents, strict=True):
             container.clear()
             _fill(container, content)
-        for thing, attributes in self._attributes:
+        for thing, attributes in zip(self._things, self._attributes, strict=True):
             here = vars(thing)
             for name in here.keys() - attributes.keys():
                 del here[name]
             here.update(attributes)
-        for tensor, data in self._shown:
+        for tensor, data in zip(self._plain, self._shown, strict=True):
             if _moved(tensor, data):
                 tensor.data = data
-        for parameter, required_grad, gradient in self._parameters:
-            if parameter.requires_grad != required_grad:
-                parameter.requires_grad_(required_grad)
-            if parameter.grad is not gradient:
-                parameter.grad = gradient
+        for tensor, trains, gradient in zip(self._tensors, self._trains, self._gradients, strict=True):
+            if tensor.requires_grad != trains:
+                tensor.requires_grad_(trains)
+            if tensor.is_leaf and tensor.grad is not gradient:
+                tensor.grad = gradient
         with torch.no_grad():
             for tensor, value in self._values:
                 tensor.copy_(value)
+
+
+def _content(container: Any) -> Any:
+    """A module has a dozen containers, most of which are empty: nothing is made for those."""
+    return container.copy() if container else ()
 
 
 def _fill(container: Any, content: Any) -> None:

@@ -125,6 +125,8 @@ def set_adapter(model: nn.Module, adapter_name: str) -> None:
 
 def trained_tensors(base: nn.Module, state: PatchState) -> dict[str, torch.Tensor]:
     """Parameters and buffers of what is trained beside the adapters, by name; each once, whatever shares it."""
+    if not state.trained_modules:
+        return {}
     prefixes = tuple(f"{name}." for name in state.trained_modules)
     found = {
         id(tensor): (name, tensor)
@@ -137,7 +139,7 @@ def trained_tensors(base: nn.Module, state: PatchState) -> dict[str, torch.Tenso
 
 def _put(base: nn.Module, others: dict[int, torch.Tensor]) -> None:
     """Put other tensors in the place of the model's own, which are named by their ids, wherever these are."""
-    for module in modules_of(base):
+    for module in modules_of(base) if others else ():
         held: tuple[dict[str, Any], ...] = module._parameters, module._buffers
         for tensors in held:
             tensors.update({name: others[id(t)] for name, t in tensors.items() if id(t) in others})
