@@ -14,9 +14,9 @@ from .modules import modules_of
 class all_or_nothing:
     """Run a block; if it is left by an exception, put everything back as it was before.
 
-    That is, of every module of the model and of every object given: its attributes, and what its dicts, lists and sets
-    hold (submodules, parameters, hooks). Of every parameter: whether it trains, its gradient, and which memory it
-    shows. Takes some microseconds a module, which is nothing beside a training step.
+    That is, of every module of the model and of every object given: its class, its attributes, and what its dicts,
+    lists and sets hold (submodules, parameters, hooks). Of every parameter: whether it trains, its gradient, and which
+    memory it shows. Takes some microseconds a module, which is nothing beside a training step.
     """
 
     def __init__(self, model: nn.Module, objects: Iterable[object] = ()) -> None:
@@ -24,6 +24,7 @@ class all_or_nothing:
         others = list(objects)
         # Lists side by side, not of tuples: so many new objects would have Python collect its garbage each time.
         self._things = [*modules_of(model), *(thing for thing in others if not isinstance(thing, torch.Tensor))]
+        self._classes = [type(thing) for thing in self._things]
         self._attributes = [dict(vars(thing)) for thing in self._things]
         held = (value for attributes in self._attributes for value in attributes.values())
         # By type(): a config's __class__ goes through a __getattribute__ of transformers'.
@@ -57,7 +58,9 @@ class all_or_nothing:
         for container, content in zip(self._containers, self._contents, strict=True):
             container.clear()
             _fill(container, content)
-        for thing, attributes in zip(self._things, self._attributes, strict=True):
+        for thing, kind, attributes in zip(self._things, self._classes, self._attributes, strict=True):
+            if type(thing) is not kind:
+                thing.__class__ = kind
             here = vars(thing)
             for name in here.keys() - attributes.keys():
                 del here[name]

@@ -120,7 +120,7 @@ def everything(model: nn.Module) -> dict[str, Any]:
                 attributes[name] = [id(held) for held in value]
             else:
                 attributes[name] = value if isinstance(value, bool | int | str) else id(value)
-        shape.append((id(thing), attributes))
+        shape.append((id(thing), type(thing), attributes))
     waiting = [part for part in objects if isinstance(part, nn.Module)]
     tensors = [t for part in waiting for t in (*part._parameters.values(), *part._buffers.values()) if t is not None]
     tensors += [part for part in objects if isinstance(part, torch.Tensor)]
