@@ -17,8 +17,8 @@ from meft_kernels.modules import modules_of
 from meft_kernels.state import find_state
 
 PACKAGE = str(Path(meft_kernels.__file__).parent)
-MECHANISM = str(Path(PACKAGE) / "rollback.py")
-"""What puts things back is trusted to run, as is leaving a ``with`` block; all that they are to undo is not."""
+MECHANISM = {str(Path(PACKAGE) / "rollback.py"), str(Path(PACKAGE) / "engine" / "threads.py")}
+"""What puts things back, and opens the gate for other threads, is trusted to run, as is leaving a ``with`` block."""
 
 
 class Injected(Exception):
@@ -38,13 +38,13 @@ class _Calls:
     def _is_ours(self, code: CodeType) -> bool:
         if code not in self._ours:
             name = code.co_filename
-            self._ours[code] = name.startswith(PACKAGE) and name != MECHANISM
+            self._ours[code] = name.startswith(PACKAGE) and name not in MECHANISM
         return self._ours[code]
 
     @staticmethod
     def _is_trusted(code: CodeType) -> bool:
         """Generators too: when one is closed that was not used up, Python swallows what is raised."""
-        return code.co_filename == MECHANISM or code.co_name == "__exit__" or bool(code.co_flags & inspect.CO_GENERATOR)
+        return code.co_filename in MECHANISM or code.co_name == "__exit__" or bool(code.co_flags & inspect.CO_GENERATOR)
 
     def __call__(self, frame: FrameType, event: str, argument: Any) -> None:
         caller = frame if event == "c_call" else frame.f_back if event == "call" else None

@@ -61,6 +61,8 @@ class BoundOwner(BoundForward):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The model's call, with a pass through the stack around it."""
         stack = self._stack
+        if exporting() and self._instance_forward is None:  # a strict export traces no method that is bound on the way
+            return type(self.module).forward(self.module, *args, **kwargs)
         if stack is None or stack.bypassed or exporting():
             return self.original(*args, **kwargs)
         self._begin(stack, args, kwargs)
