@@ -10,10 +10,11 @@ import huggingface_hub
 import transformers
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-from .checkpoint.files import CONFIG_NAME, WEIGHTS_NAME
+from .checkpoint.files import CONFIG_NAME, WEIGHTS_NAME, read_shapes
 from .checkpoint.load import load_adapter, read_description
+from .checkpoint.vocabulary import embedding_rows, vocabulary_tensors
 from .errors import AdapterFileError
-from .pretrained import Source
+from .pretrained import gguf_source
 
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token")
 """Arguments of ``from_pretrained`` that the adapter's download takes as well as the base model's."""
@@ -41,6 +42,8 @@ class AutoMeftModel:
         **kwargs: Any,
     ) -> Any:
         """The patched model with its adapter, in eval mode.
+
+        Where the adapter brings the rows of a vocabulary that was resized, the base model's is resized as well.
 
         Args:
             adapter: a folder written by ``save_adapter``, a ``Trainer``'s checkpoint of a patched model, or a hub id.
@@ -71,8 +74,10 @@ class AutoMeftModel:
             model_class = getattr(transformers, cls._auto_class)
         else:
             model_class = _class_named(description["base_model_class"], folder)
+        gguf = gguf_source(source)
+        options = gguf.model_options() if gguf is not None else {}
         try:
-            model = model_class.from_pretrained(source, **{**_gguf_options(source), **kwargs})
+            model = model_class.from_pretrained(source, **{**options, **kwargs})
         except OSError as error:
             if base_model is not None:
                 raise
@@ -80,6 +85,7 @@ class AutoMeftModel:
                 f"the base model {source!r}, which {folder / CONFIG_NAME} names, is not found: if it is somewhere "
                 f"else, pass base_model= ({error})"
             ) from error
+        resize_as_saved(model, description, folder)
         return load_adapter(model, folder)
 
 
@@ -142,13 +148,13 @@ def label_options(description: dict[str, Any]) -> dict[str, Any]:
     return options if labels.get("problem_type") is None else {**options, "problem_type": labels["problem_type"]}
 
 
-def _gguf_options(source: str) -> dict[str, Any]:
-    """How to load a base model whose folder holds one GGUF file and nothing else to load, as a package may have it."""
-    folder = Path(source)
-    if not folder.is_dir() or (folder / "config.json").exists():
-        return {}
-    files = sorted(folder.glob("*.gguf"))
-    return Source(source, files[0].name).model_options() if len(files) == 1 else {}
+def resize_as_saved(model: Any, description: dict[str, Any], folder: Path) -> None:
+    """Give the base model as many tokens as the adapter was trained with, where the adapter brings their rows."""
+    rows, saved = embedding_rows(model), description.get("vocab_size")
+    if rows is None or not isinstance(saved, int) or saved == rows:
+        return
+    if vocabulary_tensors(model, rows).keys() & read_shapes(folder / WEIGHTS_NAME).keys():
+        model.resize_token_embeddings(saved, mean_resizing=False)
 
 
 def _class_named(name: str, folder: Path) -> Any:

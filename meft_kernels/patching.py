@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from .adapters import Adapter, FfnTap
-from .checkpoint.binding import SavingBinding
+from .checkpoint.binding import LoadingBinding, SavingBinding
 from .config import MeftConfig
 from .engine.layer import ADAPTERS, PatchedLayer
 from .engine.stack import ReversibleStack
@@ -131,7 +131,7 @@ def _change(
     gate = Gate()
     stacks = [_bind(target, made, config, gate) for target, made in zip(lists, adapters, strict=True)]
     state = PatchState(config, stacks, trained, required_grad)
-    state.bindings.append(CheckpointingBinding(base, stacks))
+    state.bindings += [CheckpointingBinding(base, stacks), LoadingBinding(base)]
     if config.adapters == "all":
         state.bindings += [SavingBinding(base), QuantisedBinding(base)]
     if head is not None:

@@ -7,7 +7,7 @@ from typing import Any
 from sentence_transformers.base.modules import Transformer
 from torch import nn
 
-from .auto import fetch_adapter, label_options
+from .auto import fetch_adapter, label_options, resize_as_saved
 from .checkpoint.load import load_adapter, read_description
 from .errors import AdapterFileError
 
@@ -47,6 +47,7 @@ class MeftTransformer(Transformer):
             tokenizer_name_or_path=model_name_or_path,
             **settings,
         )
+        resize_as_saved(self.model, description, folder)
         load_adapter(self.model, folder)
 
 

@@ -42,10 +42,10 @@ class AdapterSlot:
     beside: list[torch.dtype | None]
     """Of every stack: what its pretrained layers were in when this adapter left the model."""
 
-    def parts(self) -> list[nn.Module | torch.Tensor]:
-        """All modules, and the tensors that are in none of them."""
+    def parts(self) -> list[object]:
+        """Itself, all modules, and the tensors that are in none of them."""
         adapters = (adapter for stack in self.layers for layer in stack for adapter in layer.values())
-        return [*(part for adapter in adapters for part in modules_of(adapter)), *self.heads.values()]
+        return [self, *(part for adapter in adapters for part in modules_of(adapter)), *self.heads.values()]
 
 
 class Binding(Protocol):
@@ -71,6 +71,9 @@ class PatchState:
     """The others, by name."""
     bindings: list[Binding] = field(default_factory=list)
     """What was bound on the model besides its layers' forwards."""
+    brought: tuple[str, ...] = ()
+    """Frozen tensors that came from an adapter's folder (rows of a resized vocabulary), by name: the model's, and saved
+    with its adapters again."""
     plan: Plan | None = None
     """How the settings were chosen, where a budget was given."""
 

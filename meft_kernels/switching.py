@@ -19,6 +19,7 @@ from .modules import modules_of
 from .rollback import all_or_nothing
 from .state import AdapterSlot, PatchState, between_passes, dtype_beside, require_state, unwrap
 from .targets import find_spec
+from .unfrozen import adopt_unfrozen
 
 ADAPTER_SETTINGS = (
     "rank", "activation", "dropout", "down_init_std", "up_init_std", "adapter_dtype", "fraction_bits"
@@ -73,13 +74,15 @@ def add_slot(model: nn.Module, adapter_name: str, config: MeftConfig) -> None:
         [make_adapters(layer.module, stack.hidden_size, base, spec, config) for layer in stack.layers]
         for stack in state.stacks
     ]
-    state.inactive[adapter_name] = AdapterSlot(
-        config,
-        layers,
-        deepcopy(trained_tensors(base, state)),
-        [stack.given_arithmetic(config) for stack in state.stacks],
-        [dtype_beside(stack) for stack in state.stacks],
-    )
+    with all_or_nothing(base, state.parts()):
+        adopt_unfrozen(base, state)
+        state.inactive[adapter_name] = AdapterSlot(
+            config,
+            layers,
+            deepcopy(trained_tensors(base, state)),
+            [stack.given_arithmetic(config) for stack in state.stacks],
+            [dtype_beside(stack) for stack in state.stacks],
+        )
 
 
 @between_passes
@@ -103,6 +106,7 @@ def set_adapter(model: nn.Module, adapter_name: str) -> None:
         raise PatchError(f"there is no adapter {adapter_name!r}; the model has {_listed(state)}")
     _check_may_switch(model, state)
     with all_or_nothing(base, state.parts()):
+        adopt_unfrozen(base, state)
         coming = state.inactive.pop(adapter_name)
         leaving = trained_tensors(base, state)
         state.inactive[state.active] = AdapterSlot(

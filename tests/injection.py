@@ -14,7 +14,7 @@ from torch import nn
 
 import meft_kernels
 from meft_kernels.modules import modules_of
-from meft_kernels.state import find_state
+from meft_kernels.state import AdapterSlot, find_state
 
 PACKAGE = str(Path(meft_kernels.__file__).parent)
 MECHANISM = {str(Path(PACKAGE) / "rollback.py"), str(Path(PACKAGE) / "engine" / "threads.py")}
@@ -106,9 +106,9 @@ def everything(model: nn.Module) -> dict[str, Any]:
     shape: list[Any] = []
     if state is not None:
         for name, slot in state.inactive.items():  # the slot itself may be a new one
-            shape.append((name, slot.config, list(map(id, slot.parts())), slot.arithmetics, slot.beside))
+            shape.append((name, slot.config, list(map(id, slot.parts()[1:])), slot.arithmetics, slot.beside))
     for thing in objects:
-        if isinstance(thing, torch.Tensor):
+        if isinstance(thing, torch.Tensor | AdapterSlot):
             continue
         attributes = {}
         for name, value in vars(thing).items():

@@ -192,3 +192,16 @@ def test_the_best_model_is_loaded(kind: str, base: str, tmp_path: Path) -> None:
     found = outputs(model.eval())
     assert torch.equal(found, outputs(from_folder))
     assert not torch.equal(found, outputs(last))
+
+
+def test_new_words_come_with_the_folder(base: str, tmp_path: Path) -> None:
+    model = sentence_transformers.SentenceTransformer(base, device="cpu")
+    model.tokenizer.add_tokens(["moon"])
+    model[0].model.resize_token_embeddings(len(model.tokenizer))
+    with torch.no_grad():
+        model[0].model.get_input_embeddings().weight[-1] = 1.0
+    meft_kernels.patch(model, **SETTINGS)
+    expected = model.encode(["a moon", "night"], convert_to_tensor=True, show_progress_bar=False)
+    model.save_pretrained(str(tmp_path))
+    again = sentence_transformers.SentenceTransformer(str(tmp_path), device="cpu", trust_remote_code=True)
+    assert torch.equal(again.encode(["a moon", "night"], convert_to_tensor=True, show_progress_bar=False), expected)
