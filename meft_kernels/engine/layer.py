@@ -18,6 +18,7 @@ from ..notices import warn_once
 from .arguments import caches_in, without_cache
 from .bound import BoundForward
 from .compiling import compiled_for, why_not_compiled
+from .exporting import WHY_NOT_COMPILED, exporting, record
 from .pieces import AttentionInPieces, Seeds, why_whole
 from .replay import seeded
 from .surroundings import buffers_kept
@@ -39,6 +40,7 @@ class Stack(Protocol):
     spec: LayerSpec
     plan: Plan
     config: MeftConfig
+    layers: list[PatchedLayer]
     in_turn: bool
 
     @property
@@ -85,6 +87,11 @@ class PatchedLayer(BoundForward):
         return self.stack.plan
 
     @property
+    def is_last(self) -> bool:
+        """Whether the streams are read out after it."""
+        return self is self.stack.layers[-1]
+
+    @property
     def adapters(self) -> dict[str, Adapter]:
         """The adapters in this layer, by name: ``ffn`` and ``stream``, or none."""
         return {} if self.adapter is None or self.tap is None else {"ffn": self.tap.adapter, "stream": self.adapter}
@@ -95,7 +102,7 @@ class PatchedLayer(BoundForward):
         getattr(self.module, ADAPTERS).update(adapters)
         self.adapter, self.tap.adapter = adapters["stream"], adapters["ffn"]
 
-    @torch.compiler.disable  # a compiled forward and an eager recompute would differ in their bits
+    @torch.compiler.disable(reason=WHY_NOT_COMPILED)
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The layer's call."""
         if self.stack.bypassed:
@@ -107,7 +114,8 @@ class PatchedLayer(BoundForward):
         try:
             if self.tap is not None:
                 self.tap.follow(self.spec.ffn_reads(self.module), self.spec.ffn_writes(self.module))
-            hidden_states, extras = self.stack.run(self, hidden_states, kwargs)
+            run = record if exporting() else self.stack.run
+            hidden_states, extras = run(self, hidden_states, kwargs)
         except BaseException:
             self.stack.abandon()
             if self.tap is not None:

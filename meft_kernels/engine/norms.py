@@ -16,6 +16,7 @@ from torch import nn
 
 from ..memory import shortened
 from ..modules import modules_of
+from .exporting import exporting
 from .graph import gradients_of
 from .tiles import auto_rows
 
@@ -87,7 +88,8 @@ class LeanNorm:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The norm's call; anything but one tensor of more rows than a tile has goes to the norm as it was."""
         rows = self.rows
-        if len(args) == 1 and not kwargs and isinstance(args[0], torch.Tensor) and not torch.compiler.is_compiling():
+        recorded = torch.compiler.is_compiling() or exporting()
+        if len(args) == 1 and not kwargs and isinstance(args[0], torch.Tensor) and not recorded:
             x = args[0]
             rows = auto_rows(x.device) if rows is None else rows
             if x.dim() > 1 and x.shape[-1] and x.numel() // x.shape[-1] > rows:

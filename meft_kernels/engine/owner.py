@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from .bound import BoundForward
+from .exporting import WHY_NOT_COMPILED, exporting
 
 
 class Stack(Protocol):
@@ -101,7 +102,9 @@ class BoundOwner(BoundForward):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The model's call, with a pass through the stack around it."""
         stack = self._stack
-        if stack is None or stack.bypassed:
+        if exporting() and self._instance_forward is None:  # a strict export traces no method that is bound on the way
+            return type(self.module).forward(self.module, *args, **kwargs)
+        if stack is None or stack.bypassed or exporting():
             return self.original(*args, **kwargs)
         self._begin(stack, args, kwargs)
         try:
@@ -113,14 +116,14 @@ class BoundOwner(BoundForward):
 
     # Around what torch.compile may trace.
 
-    @torch.compiler.disable
+    @torch.compiler.disable(reason=WHY_NOT_COMPILED)
     def _begin(self, stack: Stack, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         stack.begin(OwnerCall(self, args, kwargs))
 
-    @torch.compiler.disable
+    @torch.compiler.disable(reason=WHY_NOT_COMPILED)
     def _finish(self, stack: Stack, returned: Any) -> None:
         stack.finish(returned)
 
-    @torch.compiler.disable
+    @torch.compiler.disable(reason=WHY_NOT_COMPILED)
     def _leave(self, stack: Stack) -> None:
         stack.leave()

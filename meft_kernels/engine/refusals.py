@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -10,7 +12,17 @@ from torch.autograd import forward_ad
 from torch.utils._pytree import tree_leaves
 
 from ..errors import ReversibleUsageError
+from ..notices import warn_once
 from .arguments import cached_tensors, caches_in, gives_gradient
+
+logger = logging.getLogger(__name__)
+
+
+class _Layer(Protocol):
+    """What is needed of a patched layer."""
+
+    @property
+    def adapters(self) -> Mapping[str, nn.Module]: ...
 
 
 def refuse_replica(module: nn.Module, _: Any = None) -> None:
@@ -29,6 +41,35 @@ def refuse_transforms() -> None:
             "torch.func's transforms (grad, vmap, jvp, ...) and forward-mode derivatives do not go through a patched "
             "model: use torch.autograd.grad, with engine='autograd' where create_graph=True is needed, or unpatch"
         )
+
+
+def refuse_frozen_adapters(module: nn.Module, layers: Sequence[_Layer], *, under_peft: bool) -> None:
+    """In training, adapters that were all frozen after ``patch``: PEFT does so with whatever it finds, unasked.
+
+    Args:
+        module: the model whose forward loops over the layers.
+        layers: the patched ones.
+        under_peft: whether PEFT was there before; then the user has frozen them.
+
+    Raises:
+        ReversibleUsageError: PEFT was put on the model since.
+    """
+    if not (module.training and torch.is_grad_enabled()) or not layers[0].adapters:
+        return
+    if any(trains(adapter) for layer in layers for adapter in layer.adapters.values()):  # as a rule the first one does
+        return
+    if not under_peft and any(type(part).__module__.startswith("peft.") for part in module.modules()):
+        raise ReversibleUsageError(
+            "PEFT was put on this model after patch, and has frozen the adapters that patch inserted. Wrap first and "
+            "patch then: unpatch(model) and unload PEFT, get_peft_model(model, ...), and patch(model), where both "
+            "train, or patch(model, adapters='none'), where PEFT's alone does. A trainer's peft_config= comes too late"
+        )
+    warn_once(
+        logger,
+        "meft_kernels: the adapters that patch inserted have been frozen since, and do not train. If you did not mean "
+        "that: PEFT's wrappers and prepare_model_for_kbit_training freeze all that they find, so call them before "
+        "patch. A quantised model needs no preparation for patch.",
+    )
 
 
 def refuse_checkpointing(name: str, module: nn.Module) -> None:

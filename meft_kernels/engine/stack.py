@@ -24,7 +24,7 @@ from .layer import PatchedLayer
 from .norms import lean_norms
 from .owner import BoundOwner, OwnerCall
 from .passes import Passes, Way
-from .refusals import asked_for, refuse_outputs, refuse_replica
+from .refusals import asked_for, refuse_frozen_adapters, refuse_outputs, refuse_replica
 from .remainders import HostMemory
 from .replay import seeded
 from .surroundings import buffers_kept
@@ -47,6 +47,7 @@ class ReversibleStack:
         """Whether a layer is its attention block and then its MLP block."""
         self.layerdrop = target.layerdrop
         """Whether the owner leaves out layers at random in training."""
+        self.under_peft = target.under_peft
         self.config = config
         self.plan = make_plan(config, post_norm=target.post_norm)
         self.engine = config.engine
@@ -113,6 +114,11 @@ class ReversibleStack:
         self.layers.clear()
         self._norms.clear()
 
+    def parts(self) -> list[object]:
+        """The objects of ours that removing it changes."""
+        taps = [layer.tap for layer in self.layers if layer.tap is not None]
+        return [self, self._bound, *self.layers, *taps]
+
     @staticmethod
     def given_arithmetic(config: MeftConfig) -> Arithmetic | None:
         """How streams are held, where the settings say it all; None where a batch must be seen first."""
@@ -172,6 +178,7 @@ class ReversibleStack:
         self.gate.enter()
         try:
             refuse_partitioned(self.layers[0].module, self.name)
+            refuse_frozen_adapters(self.owner, self.layers, under_peft=self.under_peft)
             refuse_outputs(self.owner, call.named, reversible=self.reversible_end > self.first, first=self.first)
             self.passes.begin(
                 Way(
