@@ -236,6 +236,13 @@ RECOMPUTES = (
         ("test_precision.py",),
     ),
     Mutation(
+        "a recompute leaves the adapters out under disable_adapter",
+        _CALL,
+        "self.layer.with_adapters(), ",
+        "",
+        ("test_engine.py", "-k", "disabling"),
+    ),
+    Mutation(
         "layers are given leaves, which autocast takes for weights",
         "engine/replay.py",
         "return tensor.view_as(tensor)",
@@ -266,8 +273,8 @@ RECOMPUTES = (
     Mutation(
         "the FFN's tap stays where it was put first",
         "adapters.py",
-        "self._tapped[0] is reads and self._tapped[1] is writes",
-        "True",
+        "return tapped is not None and tapped[0] is reads and tapped[1] is writes",
+        "return tapped is not None",
         ("architectures/test_trainable.py", "-k", "merge"),
     ),
     Mutation(
@@ -421,8 +428,8 @@ REFUSALS = (
     Mutation(
         "an error in a layer leaves the pass under way",
         "engine/passes.py",
-        "        self.abandon()\n        self._local.wants_hidden_states",
-        "        self._local.wants_hidden_states",
+        "        self.abandon()\n        self._local.way = way",
+        "        self._local.way = way",
         ("test_bad_input.py",),
     ),
     Mutation(
