@@ -161,6 +161,22 @@ def test_a_loss_kept_after_backward_keeps_nothing_large() -> None:
     assert meter.live_bytes < streams / 32
 
 
+def test_a_loss_kept_after_backward_keeps_no_arguments() -> None:
+    model = meft_kernels.patch(tiny_llama(), **TRAINABLE_START).train()
+    masks = []
+    model.model.layers[0].self_attn.register_forward_pre_hook(
+        lambda module, args, kwargs: masks.append(weakref.ref(kwargs["attention_mask"])), with_kwargs=True
+    )
+    batch = tiny_batch(model)
+    train_step(model, batch)
+    masks.clear()
+    loss = model(**batch).loss
+    assert masks[0]() is not None  # the recompute will need it
+    loss.backward()
+    del batch
+    assert masks[0]() is None
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_train_and_eval_agree(family: str, variant: str) -> None:
