@@ -449,4 +449,80 @@ REFUSALS = (
     ),
 )
 
-MUTATIONS = (*STREAMS, *CHECKSUMS, *RECOMPUTES, *GRADIENTS, *REFUSALS)
+_GRAPH, _SURROUNDINGS, _BETWEEN = "engine/graph.py", "engine/surroundings.py", "engine/between.py"
+
+AROUND = (
+    Mutation(
+        "hooks on parameters run for a branch's part of the gradient, too",
+        _GRAPH,
+        "return None if _state.inner else self._hook(gradient)",
+        "return self._hook(gradient)",
+        ("scenarios/test_hooks.py",),
+    ),
+    Mutation(
+        "a gradient that comes down to a captured tensor is dropped",
+        _GRAPH,
+        "if not _state.inner:  # arguments' leaves serve the recompute, too",
+        "if False:",
+        ("scenarios/test_hooks.py",),
+    ),
+    Mutation(
+        "tensors that need a gradient come in by another door",
+        _CALL,
+        "self._refuse_foreign(leaf)\n\n",
+        "pass\n\n",
+        ("scenarios/test_hooks.py",),
+    ),
+    Mutation(
+        "weights may change in place between forward and backward",
+        _SURROUNDINGS,
+        "        for tensor, version in zip(self._unchanged(), self._versions, strict=True):\n"
+        "            if version_of(tensor) != version:",
+        "        for tensor in self._unchanged():\n            if False:",
+        ("test_surroundings.py",),
+    ),
+    Mutation(
+        "running statistics move in the recompute as well",
+        _SURROUNDINGS,
+        "return [*changes, *replaced, *self._small]",
+        "return [*changes, *replaced]",
+        ("test_surroundings.py",),
+    ),
+    Mutation(
+        "hooks taken off after forward are missing in the recompute",
+        _SURROUNDINGS,
+        "if hooks != self._hooks:",
+        "if False:",
+        ("scenarios/test_hooks.py",),
+    ),
+    Mutation(
+        "hooks between layers see one stream",
+        _BETWEEN,
+        "return bool(hooks) and not all(",
+        "return False and not all(",
+        ("scenarios/test_readers.py",),
+    ),
+    Mutation(
+        "what stands in the graph between two layers is passed by",
+        _BETWEEN,
+        "if node is None or kind not in _IDENTITIES:",
+        "if node is None or False:",
+        ("scenarios/test_readers.py",),
+    ),
+    Mutation(
+        "disable_adapter holds for all threads",
+        "engine/threads.py",
+        "class Switch(threading.local):",
+        "class Switch:",
+        ("scenarios/test_threads.py",),
+    ),
+    Mutation(
+        "an interrupted change is left half done",
+        "rollback.py",
+        "if kind is not None:",
+        "if False:",
+        ("test_injected_errors.py",),
+    ),
+)
+
+MUTATIONS = (*STREAMS, *CHECKSUMS, *RECOMPUTES, *GRADIENTS, *REFUSALS, *AROUND)
