@@ -45,7 +45,6 @@ class Projection(nn.Module):
         self,
         in_features: int,
         out_features: int,
-        std: float,
         *,
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
@@ -54,8 +53,6 @@ class Projection(nn.Module):
         self.in_features, self.out_features = in_features, out_features
         linear = nn.Linear(in_features, out_features, device=device, dtype=dtype)
         self.weight, self.bias = linear.weight, linear.bias
-        nn.init.normal_(self.weight, std=std) if std else nn.init.zeros_(self.weight)
-        nn.init.zeros_(self.bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``[..., in_features]`` to ``[..., out_features]``."""
@@ -88,10 +85,14 @@ class Adapter(nn.Module):
         super().__init__()
         self.impl = impl
         self.activation_name = activation
-        self.down = Projection(hidden_size, rank, down_init_std, device=device, dtype=dtype)
+        self.down = Projection(hidden_size, rank, device=device, dtype=dtype)
         self.activation = ACT2FN[activation]
         self.dropout = nn.Dropout(dropout)
-        self.up = Projection(rank, hidden_size, up_init_std, device=device, dtype=dtype)
+        self.up = Projection(rank, hidden_size, device=device, dtype=dtype)
+        # Both are made before either is drawn, so that a seed gives the adapters that it has given in every version.
+        for projection, std in ((self.down, down_init_std), (self.up, up_init_std)):
+            nn.init.normal_(projection.weight, std=std) if std else nn.init.zeros_(projection.weight)
+            nn.init.zeros_(projection.bias)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """``[..., H]`` to ``[..., H]``, in the input's dtype (autocast's, where it is on)."""

@@ -102,7 +102,7 @@ def test_what_peft_does_not_save_is_told(tmp_path: Path, caplog: pytest.LogCaptu
     model = meft_kernels.patch(wrapped("llama", "lora"))
     assert "holds PEFT's weights and not the adapters inserted now" in caplog.text
     meft_kernels.save_adapter(model, tmp_path)
-    assert "Save PEFT's with its own save_pretrained, into another folder" in caplog.text
+    assert "Save them with PEFT's own save_pretrained, into another folder" in caplog.text
     caplog.clear()
     meft_kernels.patch(wrapped("llama", "lora"), adapters="none")
     assert not [record for record in caplog.records if record.levelname == "WARNING"]
