@@ -82,6 +82,13 @@ class LayerSpec:
     layerdrop: Callable[[Any], float] = _no_layerdrop
     """The probability, from the model's config, with which its forward leaves out such a layer in training."""
 
+    hidden_size: Callable[[Any], int] | None = None
+    """Width of these layers' hidden states, from the model's config, where it is not the family's."""
+
+    read_between: bool = False
+    """Whether the model reads what a layer returned elsewhere than in the next one, so that every layer must hand on
+    the read-out of its streams."""
+
     def __post_init__(self) -> None:
         _check_callables(
             self, "attention_block", "mlp_block", "ffn_reads", "ffn_writes", "post_norm", "in_turn", "layerdrop"
@@ -94,6 +101,10 @@ class LayerSpec:
     def matches(self, module: nn.Module) -> bool:
         """Whether ``module`` is such a layer."""
         return any(cls.__name__ in self.class_names for cls in type(module).__mro__)
+
+    def serves(self, name: str, layers: nn.ModuleList) -> bool:
+        """Whether a model's list of this name is one of such layers."""
+        return all(self.matches(layer) for layer in layers)
 
 
 @dataclass(frozen=True, kw_only=True)

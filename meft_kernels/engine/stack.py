@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from ..architectures import find_architecture
+from ..architectures.found import FoundLayers
 from ..config import MeftConfig
 from ..errors import ReversibleUsageError, StreamOverflowError, UnsupportedModelError
 from ..targets import LayerList, refuse_partitioned
@@ -75,11 +76,15 @@ class ReversibleStack:
         ]
 
     def __getstate__(self) -> dict[str, Any]:
-        # For copy.deepcopy and pickle: the spec's callables need not be importable, and the reader of a pickle has
-        # registered the family, too.
-        return {name: value for name, value in self.__dict__.items() if name != "spec"}
+        # For copy.deepcopy and pickle: a spec's callables need not be importable, and the reader of a pickle has
+        # registered the family, too. What was found of one model is registered nowhere.
+        found = isinstance(self.spec, FoundLayers)
+        return {name: value for name, value in self.__dict__.items() if found or name != "spec"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        if "spec" in state:
+            self.__dict__.update(state)
+            return
         architecture = find_architecture(state["_family"])
         if architecture is None or state["_kind"] >= len(architecture.layers):
             raise UnsupportedModelError(
@@ -163,7 +168,8 @@ class ReversibleStack:
     def _before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self.bypassed:
             return
-        self.passes.begin(wants_hidden_states=asked_for("output_hidden_states", module, kwargs))
+        wants_hidden_states = asked_for("output_hidden_states", module, kwargs) or self.spec.read_between
+        self.passes.begin(wants_hidden_states=wants_hidden_states)
         refuse_replica(module)
         refuse_partitioned(self.layers[0].module, self.name)
         refuse_outputs(module, kwargs, reversible=self.reversible_end > self.first, first=self.first)
