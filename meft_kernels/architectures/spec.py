@@ -86,8 +86,7 @@ class LayerSpec:
     """Width of these layers' hidden states, from the model's config, where it is not the family's."""
 
     read_between: bool = False
-    """Whether the model reads what a layer returned elsewhere than in the next one, so that every layer must hand on
-    the read-out of its streams."""
+    """Whether the model reads what layers return elsewhere than in the next: each then hands on its read-out."""
 
     def __post_init__(self) -> None:
         _check_callables(
@@ -113,16 +112,12 @@ class ArchitectureSpec:
 
     model_types: tuple[str, ...]
     """Values of ``config.model_type`` that this spec serves."""
-
     layers: tuple[LayerSpec, ...]
     """Every kind of layer: one for most, two for an encoder and a decoder of different classes."""
-
     activation: Callable[[Any], str]
     """Name of the backbone's activation (a key of transformers' ``ACT2FN``), from the model's config."""
-
     dropout: Callable[[Any], float] = _no_dropout
     """The backbone's hidden dropout probability, from the model's config."""
-
     hidden_size: Callable[[Any], int] = _hidden_size
     """Width of the hidden states, from the model's config."""
 

@@ -167,7 +167,12 @@ class PatchedLayer:
         self._blocks_checked = True
 
     def blocks_give(self, output: Any, *args: Any, **kwargs: Any) -> bool:
-        """Whether the family's two blocks, called as the layer was, give the same bits and as many things as it did."""
+        """Whether the family's two blocks, called as the layer was, give the same bits and as many things as it did.
+
+        True where they stand in for nothing, since the layer always runs whole.
+        """
+        if not self.stack.in_turn:
+            return True
         call = without_cache({**dict(zip(self._parameters, args, strict=False)), **kwargs})
         attended, extras = _split(self.spec.attention_block(self.module, call.pop(self._parameters[0]), **call))
         rebuilt = self.spec.mlp_block(self.module, attended, **call)

@@ -168,11 +168,15 @@ class ReversibleStack:
     def _before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self.bypassed:
             return
-        wants_hidden_states = asked_for("output_hidden_states", module, kwargs) or self.spec.read_between
-        self.passes.begin(wants_hidden_states=wants_hidden_states)
+        if self.spec.read_between:  # by the model around it, from which they have their gradients
+            self.passes.begin(wants_hidden_states=True)
+            looked_at = {**kwargs, "output_hidden_states": False}
+        else:
+            self.passes.begin(wants_hidden_states=asked_for("output_hidden_states", module, kwargs))
+            looked_at = kwargs
         refuse_replica(module)
         refuse_partitioned(self.layers[0].module, self.name)
-        refuse_outputs(module, kwargs, reversible=self.reversible_end > self.first, first=self.first)
+        refuse_outputs(module, looked_at, reversible=self.reversible_end > self.first, first=self.first)
         if self.arithmetic is None:
             self.calibrate(args, kwargs)
 

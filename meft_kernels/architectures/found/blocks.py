@@ -1,18 +1,20 @@
-"""A layer taken apart without its code: the layer with its FFN left out, and the layer with all before that left out.
+"""A layer taken apart without its code: the layer without its FFN, and the layer without what comes before that.
 
-Where it is ``h = x + A(x); y = h + M(h)``, a part left out gives zeros. Where a part adds the residual itself (BERT's
-output, T5's sublayers), it gives that back as it came. Whether the two are the layer, its own numbers tell.
+Where it is ``h = x + A(x); y = h + M(h)``, a part left out gives zeros. Where a norm of the sum follows, that is left
+out too. Where a part adds the residual itself (BERT's output), it gives that back. Whether the two blocks are the
+layer, its own numbers tell.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
 
+from .taps import is_norm
 from .trace import Call, first_tensor
 
 Kind = tuple[str, tuple[str, ...]]
@@ -42,22 +44,29 @@ class ByKind:
 
 @dataclass(frozen=True)
 class LeftOut:
-    """Stands in for a part's forward: gives zeros of the hidden states' shape, or the hidden states as they came."""
+    """Stands in for a part's forward: gives zeros in the shape of what the part gives, or the residual as it came."""
 
     name: str
-    gives: Literal["zeros", "residual"]
+    residual: int | None
+    """Which of the tensors that the part is given is the residual; None for zeros."""
     outputs: int | None
     """How many things the part returns, None where it returns hidden states bare."""
     width: int
-    last: bool = False
-    """Whether the residual is the last tensor it is given, and not the first."""
+    flat: bool
+    """Whether the part gives rows without the batch's shape."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
-        hidden_states = tensors[-1 if self.last else 0]
-        if self.gives == "zeros":
-            hidden_states = hidden_states.new_zeros(*hidden_states.shape[:-1], self.width)
+        tensors = _tensors(args, kwargs)
+        hidden_states = tensors[self.residual or 0]
+        if self.residual is None:
+            rows = hidden_states.shape[:-1]
+            shape = (rows.numel(),) if self.flat else tuple(rows)
+            hidden_states = hidden_states.new_zeros(*shape, self.width)
         return hidden_states if self.outputs is None else (hidden_states, *[None] * (self.outputs - 1))
+
+
+def _tensors(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Tensor]:
+    return [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
 
 
 def without(layer: nn.Module, parts: tuple[LeftOut, ...]) -> nn.Module:
@@ -102,8 +111,12 @@ class Whole:
         raise TypeError(f"{type(layer).__name__} was not found to be an attention block and then an MLP block")
 
 
-def cuts(parts: list[Call], ffn: str, layer: Call) -> list[tuple[tuple[LeftOut, ...], tuple[LeftOut, ...]]]:
-    """Ways to take a layer apart, likeliest first: what its attention block leaves out, and what its MLP block does.
+Cut = tuple[tuple[LeftOut, ...], tuple[LeftOut, ...]]
+"""What a layer's attention block leaves out, and what its MLP block does."""
+
+
+def cuts(parts: list[Call], ffn: str, layer: Call) -> list[Cut]:
+    """Ways to take a layer apart, likeliest first.
 
     Args:
         parts: calls of its modules, in time.
@@ -112,28 +125,64 @@ def cuts(parts: list[Call], ffn: str, layer: Call) -> list[tuple[tuple[LeftOut, 
     """
     assert layer.given is not None
     shape = layer.given.shape
-    direct = [part for part in parts if "." not in part.name]
+    direct = [part for part in parts if "." not in part.name and _has_weights(part) and _gives(part, shape)]
     end = next((part for part in direct if part.name == ffn.partition(".")[0]), None)
-    if end is None or end.returned is None or end.returned.shape != shape:
+    weighty = [part for part in direct if not is_norm(part.module)]
+    if end is None or end not in weighty or len({part.name for part in direct}) < len(direct):
         return []
-    before = [part for part in direct if part.end < end.start and part.returned is not None]
-    mixers = [p for p in before if p.given is not None and p.given.shape == shape and _mixes(p, shape)]
-    if not mixers or len({part.name for part in mixers}) < len(mixers):
+    ffns = [part for part in weighty if part.start >= end.start]
+    mixers = [part for part in weighty if part.end < end.start and part.given is not None and part.given.shape == shape]
+    if not mixers:
         return []
-    width = shape[-1]
-
-    def left_out(part: Call, gives: Literal["zeros", "residual"], last: bool = False) -> LeftOut:
-        outputs = len(part.output) if isinstance(part.output, tuple) else None
-        return LeftOut(part.name, gives, outputs, width, last)
-
-    return [
-        ((left_out(end, "zeros"),), tuple(left_out(part, "zeros") for part in mixers)),
-        ((left_out(end, "residual", last=True),), tuple(left_out(part, "residual") for part in mixers)),
+    norms = [part for part in direct if is_norm(part.module)]
+    after = [part for part in norms if part.start > end.end]
+    between = [part for part in norms if part.end < end.start and part.start > mixers[0].start]
+    heads = [
+        _left_out(ffns, None, shape),
+        _left_out(ffns, None, shape, after),
+        _left_out(ffns, mixers[-1].returned, shape),
     ]
+    tails = [
+        _left_out(mixers, None, shape),
+        _left_out(mixers, None, shape, between),
+        _left_out(mixers, layer.given, shape),
+    ]
+    ways = [(head, tail) for head in heads for tail in tails if head is not None and tail is not None]
+    return list(dict.fromkeys(ways))
 
 
-def _mixes(part: Call, shape: torch.Size) -> bool:
-    from .taps import is_norm
+def _gives(part: Call, shape: torch.Size) -> bool:
+    """Whether it gives hidden states, of the batch's shape or of all rows."""
+    returned = part.returned
+    return returned is not None and returned.shape[-1:] == shape[-1:] and returned.numel() == shape.numel()
 
-    keeps = part.returned is not None and part.returned.shape == shape
-    return keeps and not is_norm(part.module) and next(part.module.parameters(), None) is not None
+
+def _left_out(
+    parts: list[Call], residual: torch.Tensor | None, shape: torch.Size, norms: list[Call] | None = None
+) -> tuple[LeftOut, ...] | None:
+    """The parts giving zeros, or each the residual that it is given; norms, what they are given.
+
+    None where a part is not given the residual.
+    """
+    found = []
+    for part in [*parts, *(norms or [])]:
+        outputs = len(part.output) if isinstance(part.output, tuple) else None
+        at: int | None = 0 if norms and part in norms else None
+        if residual is not None:
+            tensors = _tensors(part.args, part.kwargs)
+            at = next((i for i, one in enumerate(tensors) if _is_same(one, residual)), None)
+            if at is None:
+                return None
+            residual = part.returned
+            assert residual is not None
+        flat = part.returned is not None and part.returned.shape != shape
+        found.append(LeftOut(part.name, at, outputs, shape[-1], flat))
+    return tuple(found)
+
+
+def _is_same(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return one.shape == other.shape and one.data_ptr() == other.data_ptr()
+
+
+def _has_weights(part: Call) -> bool:
+    return next(part.module.parameters(), None) is not None

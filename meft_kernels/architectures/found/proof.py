@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from .blocks import LeftOut, cuts, without
+from .blocks import Cut, LeftOut, cuts, without
 from .chains import Chain
 from .taps import Tap
 from .trace import Call, Trace, first_tensor, parameter_names
@@ -61,11 +61,12 @@ class _Gradients(dict[int, "torch.Tensor | None"]):
 def _gradients(calls: list[Call], output: Any) -> _Gradients:
     """What reaches every layer's hidden states, going in and coming out, from something that all outputs make up."""
     tensors = [tensor for call in calls for tensor in _ends(call)]
-    unique = list({id(tensor): tensor for tensor in tensors}.values())
+    unique = list({id(tensor): tensor for tensor in tensors if tensor.requires_grad}.values())
     total = _sum_of(output)
-    if total is None or not total.requires_grad:
-        raise Unproven("no gradient goes from the model's outputs to its layers (it runs under no_grad?)")
-    found = torch.autograd.grad(total, unique, allow_unused=True)
+    flows = total is not None and total.requires_grad and unique
+    found = torch.autograd.grad(total, unique, allow_unused=True) if flows and total is not None else ()
+    if all(gradient is None for gradient in found):
+        raise Unproven("no gradient goes from the model's outputs to its layers (they run under no_grad?)")
     return _Gradients({id(tensor): gradient for tensor, gradient in zip(unique, found, strict=True)})
 
 
@@ -172,7 +173,7 @@ def _prove_repeats(call: Call) -> None:
         )
 
 
-def prove_cut(call: Call, parts: list[Call], tap: Tap) -> tuple[tuple[LeftOut, ...], tuple[LeftOut, ...]] | None:
+def prove_cut(call: Call, parts: list[Call], tap: Tap) -> Cut | None:
     """How a layer can be taken apart into an attention block and an MLP block: bit for bit, and the latter by rows."""
     if tap.writes == "":
         return None

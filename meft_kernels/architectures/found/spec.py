@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.tensor import DTensor
@@ -119,7 +120,7 @@ def find(model: Any, *, frozen_layers: int = 0, batch: Mapping[str, Any] | None 
         raise unsupported(
             kind, ["it holds no nn.ModuleList: layers in a dict or in attributes of their own are not found"]
         )
-    with untouched(model):
+    with torch.inference_mode(False), torch.enable_grad(), untouched(model):
         model.eval()
         seen = _seen(model, kind, lists, batch)
         chains, refused = find_chains(lists, seen, frozen_layers)
@@ -128,10 +129,7 @@ def find(model: Any, *, frozen_layers: int = 0, batch: Mapping[str, Any] | None 
         for chain in chains:
             if len(chain.layers) <= frozen_layers:
                 raise unsupported(kind, [f"frozen_layers={frozen_layers} leaves none of {chain.name}"])
-            owner = owner_of(model, chain.name)
-            if id(owner) in seen.asked:
-                reason = "the model around it asks it for all hidden states, of which reversible layers keep none"
-                raise unsupported(kind, [f"{chain.name}: {reason}"])
+            chain.read_between |= id(owner_of(model, chain.name)) in seen.asked
         try:
             prove_layers(chains, seen, frozen_layers)
             layers = tuple(_layers_of(model, chain, seen, frozen_layers) for chain in chains)
@@ -187,7 +185,7 @@ def _layers_of(model: nn.Module, chain: Chain, seen: Trace, first: int) -> Found
     for call in chain.calls[first:]:
         parts = sorted(_once(seen, call), key=lambda part: part.start)
         tap = find_tap(parts, chain.width) or Tap("", "")
-        cut = prove_cut(call, parts, tap)
+        cut = prove_cut(call, parts, tap) if apart else None
         tapped, apart = tapped and tap.writes != "", apart and cut is not None
         for found, value in ((taps, tap), *(((attention, cut[0]), (mlp, cut[1])) if cut else ())):
             kind = kind_of(call.module)

@@ -20,8 +20,8 @@ def untouched(model: nn.Module) -> Iterator[None]:
     """Run a block that calls the model; whatever that changes of it is put back, an error or not.
 
     That is every module's attributes and what its dicts and lists hold (hooks, buffers, modes, a layer's own state),
-    the values of all buffers, and the random numbers of torch, NumPy and Python. Gradients are not looked after: nothing
-    here accumulates any.
+    the values of all buffers, and the random numbers of torch, NumPy and Python. Not gradients: nothing here
+    accumulates any.
     """
     attributes = [(module, dict(vars(module))) for module in modules_of(model)]
     held = [value for _, values in attributes for value in values.values()]

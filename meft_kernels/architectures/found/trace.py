@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map_only
 
 from ...modules import modules_of
 
@@ -80,9 +81,9 @@ def parameter_names(module: nn.Module) -> list[str]:
 
 
 def trace(model: nn.Module, batch: dict[str, Any], lists: dict[str, nn.ModuleList]) -> Trace:
-    """Call the model once, with gradients recorded from the first layers of ``lists`` on."""
+    """Call the model once; gradients are recorded from the first layers of ``lists`` on, where the model lets them."""
     recorder = _Recorder(lists)
-    with recorder.listening(model), torch.enable_grad(), recorder:
+    with recorder.listening(model), recorder:
         output = model(**batch)
     return Trace(sorted(recorder.layers, key=lambda call: call.start), recorder.parts, output, recorder.asked)
 
@@ -112,7 +113,7 @@ class _Recorder(TorchFunctionMode):
                 inside.update({id(module): module for module in modules_of(layer)})
             for module in inside.values():
                 handles.append(module.register_forward_pre_hook(self._before, with_kwargs=True))
-                handles.append(module.register_forward_hook(self._after, with_kwargs=True))
+                handles.append(module.register_forward_hook(self._after, with_kwargs=True, prepend=True))
             yield
         finally:
             for handle in handles:
@@ -152,15 +153,18 @@ class _Recorder(TorchFunctionMode):
                 return (call.entered, *args[1:]), kwargs
             return args, kwargs | {str(first): call.entered}
 
-    def _after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    def _after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         with torch._C.DisableTorchFunction():
             call = next(call for call in reversed(self._open) if call.module is module)
             self._open.remove(call)
             call.end = self._tick()
+            if id(module) in self._names:
+                # Other tensors of the same memory: their gradients are what comes from outside of the layer alone.
+                output = tree_map_only(torch.Tensor, _handed_on, output)
             call.output, call.returned = output, first_tensor(output)
             self._note_part(call)
             if id(module) not in self._names:
-                return
+                return None
             call.written = call.entered is not None and call.entered._version != call.entered_version
             before, call.boxes = call.boxes, _contents(call)
             call.filled = sorted(name for name, content in call.boxes.items() if content != before.get(name))
@@ -169,6 +173,7 @@ class _Recorder(TorchFunctionMode):
                 call.value = call.returned.detach().clone()
                 self._owners[_address(call.returned)].append(call)
             self.layers.append(call)
+            return output
 
     def _note_part(self, call: Call) -> None:
         for layer in self._open:
@@ -198,6 +203,10 @@ _LOOKS = {
     "is_complex", "get_device", "detach",
 }  # fmt: skip
 """Functions that read no values."""
+
+
+def _handed_on(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.view_as(tensor) if tensor.requires_grad else tensor
 
 
 def _address(tensor: torch.Tensor) -> int:
