@@ -46,7 +46,7 @@ class ByKind:
 class LeftOut:
     """Stands in for a part's forward: gives zeros in the shape of what the part gives, or the residual as it came."""
 
-    name: str
+    path: str
     residual: int | None
     """Which of the tensors that the part is given is the residual; None for zeros."""
     outputs: int | None
@@ -73,20 +73,22 @@ def without(layer: nn.Module, parts: tuple[LeftOut, ...]) -> nn.Module:
     """The layer with other forwards of some of its children; what was given is not touched, and shares all tensors."""
     other = _shallow(layer)
     other.__dict__.pop("forward", None)
-    other.__dict__["_modules"] = children = dict(layer._modules)
     for part in parts:
-        child = children[part.name]
-        assert child is not None
-        stand_in = _shallow(child)
+        *above, name = part.path.split(".")
+        place = other
+        for step in above:
+            place._modules[step] = place = _shallow(place.get_submodule(step))
         # Nobody's hooks: neither adapters nor what is recorded of a part belongs to one that is left out.
+        stand_in = _shallow(place.get_submodule(name))
         stand_in.__dict__.update(forward=part, _forward_hooks=OrderedDict(), _forward_pre_hooks=OrderedDict())
-        children[part.name] = stand_in
+        place._modules[name] = stand_in
     return other
 
 
 def _shallow(module: nn.Module) -> nn.Module:
+    """The same module, with a list of children of its own."""
     other = type(module).__new__(type(module))
-    other.__dict__.update(module.__dict__)
+    other.__dict__.update(module.__dict__, _modules=dict(module._modules))
     return other
 
 
@@ -125,8 +127,8 @@ def cuts(parts: list[Call], ffn: str, layer: Call) -> list[Cut]:
     """
     assert layer.given is not None
     shape = layer.given.shape
-    direct = [part for part in parts if "." not in part.name and _has_weights(part) and _gives(part, shape)]
-    end = next((part for part in direct if part.name == ffn.partition(".")[0]), None)
+    direct = [part for part in _outermost(parts) if _has_weights(part) and _gives(part, shape)]
+    end = next((part for part in direct if f"{ffn}.".startswith(f"{part.name}.")), None)
     weighty = [part for part in direct if not is_norm(part.module)]
     if end is None or end not in weighty or len({part.name for part in direct}) < len(direct):
         return []
@@ -145,10 +147,17 @@ def cuts(parts: list[Call], ffn: str, layer: Call) -> list[Cut]:
     tails = [
         _left_out(mixers, None, shape),
         _left_out(mixers, None, shape, between),
-        _left_out(mixers, layer.given, shape),
+        _left_out(mixers, layer.entered, shape),
     ]
     ways = [(head, tail) for head in heads for tail in tails if head is not None and tail is not None]
     return list(dict.fromkeys(ways))
+
+
+def _outermost(parts: list[Call]) -> list[Call]:
+    """The parts that the layer calls itself; they may be in a list."""
+    names = {part.name for part in parts}
+    inside = {name for name in names if any(name[:at] in names for at, char in enumerate(name) if char == ".")}
+    return [part for part in parts if part.name not in inside]
 
 
 def _gives(part: Call, shape: torch.Size) -> bool:

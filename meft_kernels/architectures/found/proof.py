@@ -188,7 +188,7 @@ def prove_cut(call: Call, parts: list[Call], tap: Tap) -> Cut | None:
 
 def _cut_holds(call: Call, attention: tuple[LeftOut, ...], mlp: tuple[LeftOut, ...]) -> bool:
     assert call.entered is not None and call.value is not None
-    kwargs = tree_map_only(torch.Tensor, torch.Tensor.detach, arguments_of(call))
+    kwargs = tree_map_only(torch.Tensor, _leaf_like, arguments_of(call))  # kernels are chosen by what needs gradients
     forward = type(call.module).forward
     hidden_states = call.entered.detach()
     with torch.enable_grad():
