@@ -124,8 +124,11 @@ def find(model: Any, *, frozen_layers: int = 0, batch: Mapping[str, Any] | None 
         model.eval()
         seen = _seen(model, kind, lists, batch)
         chains, refused = find_chains(lists, seen, frozen_layers)
+        chains = _language_model(model, chains, refused)
         if not chains:
             raise unsupported(kind, [f"{name}: {reason}" for name, reason in refused.items()])
+        if batch is None:
+            _refuse_unseen(model, kind, chains)
         for chain in chains:
             if len(chain.layers) <= frozen_layers:
                 raise unsupported(kind, [f"frozen_layers={frozen_layers} leaves none of {chain.name}"])
@@ -136,6 +139,37 @@ def find(model: Any, *, frozen_layers: int = 0, batch: Mapping[str, Any] | None 
         except (Unproven, NoChain) as reason:
             raise unsupported(kind, [str(reason)]) from None
     return _architecture(model, kind, layers, chains, refused)
+
+
+def _language_model(model: Any, chains: list[Chain], refused: dict[str, str]) -> list[Chain]:
+    """Of a model of several towers, the language model's stacks; of one that is all of a kind, all.
+
+    None where the language model's own do not serve.
+    """
+    try:
+        text = model.config.get_text_config()
+    except (AttributeError, ValueError):  # several texts: an encoder and a decoder
+        return chains
+
+    def is_text(name: str) -> bool:
+        return getattr(owner_of(model, name), "config", None) is text
+
+    inside = [chain for chain in chains if is_text(chain.name)]
+    return inside if inside or any(map(is_text, refused)) else chains
+
+
+def _refuse_unseen(model: nn.Module, kind: str, chains: list[Chain]) -> None:
+    """What made-up texts do not show: states that go in between layers where there are images."""
+    for chain in chains:
+        arguments = inspect.signature(type(owner_of(model, chain.name)).forward).parameters
+        if (name := next((name for name in arguments if "deepstack" in name), None)) is not None:
+            raise unsupported(
+                kind,
+                [
+                    f"{chain.name}: with images, states are injected between layers ({name}); which, is seen with "
+                    "probe=batch, one with images"
+                ],
+            )
 
 
 def unsupported(kind: str, reasons: Iterable[str]) -> UnsupportedModelError:
