@@ -82,7 +82,8 @@ def _texts(model: Any, generator: torch.Generator) -> Iterator[torch.Tensor]:
         yield _ids(model, tokens, generator)
 
 
-def _pair(value: Any, default: int) -> tuple[int, int]:
+def pair(value: Any, default: int) -> tuple[int, int]:
+    """Height and width of what a config has as one number, two, or by name."""
     if isinstance(value, dict):
         value = (value.get("height", default), value.get("width", default))
     if isinstance(value, list | tuple):
@@ -94,7 +95,7 @@ def _images(model: Any, generator: torch.Generator) -> Iterator[torch.Tensor]:
     config = getattr(model.config, "vision_config", None) or model.config
     channels = setting(config, "num_channels", "in_channels", "in_chans") or 3
     channels = channels if isinstance(channels, int) else 3
-    size = _pair(setting(config, "image_size", "input_size"), 64)
+    size = pair(setting(config, "image_size", "input_size"), 64)
     for shape in (size, (64, 64), (224, 224)):
         yield torch.randn(ROWS, channels, *shape, generator=generator)
     frames = setting(config, "num_frames") or 4
