@@ -13,8 +13,8 @@ _HEAD = """# Models
 Made by `python -m benchmarks.model_sweep` with transformers {version}: every model type of which a tiny model with
 random weights can be made, through `patch`, a training step in either engine, and `unpatch`. A type *passes* where
 every rebuilt input equals the forward's bit for bit, the worst gradient is within 1e-5 of plain autograd's, and the
-unpatched model's outputs are those of before. Where there is no family file, layers and FFN were found and proven on the model
-itself.
+unpatched model's outputs are those of before. Where there is no family file, layers and FFN were found and proven on
+the model itself.
 
 {passes} pass ({written} of them with a family file), {refused} are refused with a reason, {fails} fail, {unmade} cannot
 be made tiny, or not without further packages. Of those that pass: median of the worst gradient {gradient:.1e}; median

@@ -15,15 +15,18 @@ import transformers
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
+from typer.testing import CliRunner
 
 import meft_kernels
-from meft_kernels import UnsupportedModelError
+from meft_kernels import UnsupportedModelError, supported_model_types
 from meft_kernels.architectures import find_architecture
 from meft_kernels.architectures.found import find
+from meft_kernels.cli import app
+from meft_kernels.state import require_state
 
 from ..models import VARIANTS, StreamWitness, worst_error
 from .exactness import FP32_BOUND, assert_exact, outputs_of, patched, step
-from .zoo import LABELS, VOCABULARY, _make, batch_for, loss_of, tiny
+from .zoo import LABELS, VOCABULARY, _make, batch_for, tiny
 
 _TEXT = {
     "vocab_size": VOCABULARY,
@@ -197,6 +200,28 @@ def test_a_lora_inside() -> None:
         results.append(step(model, batch))
     assert len(results[0][1]) == 2 * 7 * 2
     assert worst_error(results[0][1], results[1][1]) <= FP32_BOUND
+
+
+@pytest.mark.parametrize(
+    ("name", "code", "message"), [("lfm2", 0, "FFN feed_forward"), ("albert", 1, "layers are shared")]
+)
+def test_a_model_is_looked_at_from_its_config(name: str, code: int, message: str, tmp_path: Path) -> None:
+    config_class = transformers.CONFIG_MAPPING[name]
+    settings = {key: value for key, value in _TEXT.items() if key != "head_dim"}
+    if name == "lfm2":
+        settings |= {"num_hidden_layers": 6, "layer_types": ["conv"] * 5 + ["full_attention"]}
+    config_class(**settings, embedding_size=32).save_pretrained(tmp_path)
+    found = CliRunner().invoke(app, ["models", "--probe", str(tmp_path)])
+    assert found.exit_code == code
+    assert message in found.output
+    if name == "lfm2":
+        assert "model.layers, 4 Lfm2DecoderLayer" in found.output  # few layers, of both kinds
+
+
+def test_a_config_that_is_not_there(tmp_path: Path) -> None:
+    found = CliRunner().invoke(app, ["models", "--probe", str(tmp_path / "nothing")])
+    assert found.exit_code == 2
+    assert "no model" in found.output
 
 
 # ------------------------------------------------------------------ what does not serve
@@ -425,18 +450,26 @@ def test_meta_weights_cannot_be_looked_at() -> None:
 # ------------------------------------------------------------------ what is found of families that have a file
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3_moe", "phi3", "gemma3_text", "olmo2", "bert", "bart", "opt", "vit"])
+@pytest.mark.parametrize("name", supported_model_types())
 def test_found_is_what_was_written(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same streams and losses, the same names, files that fit both."""
+    """The same streams and gradients bit for bit, the same names, files that fit both."""
+    whole = {"layerdrop": 0.0, "encoder_layerdrop": 0.0, "decoder_layerdrop": 0.0}
     batch = batch_for(tiny(name))
-    written = patched(tiny(name, layerdrop=0.0) if name == "opt" else tiny(name), fraction_bits=16)
-    loss = float(loss_of(written.eval()(**batch)).detach())
+    written = patched(tiny(name, **whole), fraction_bits=16).train()
     meft_kernels.save_adapter(written, tmp_path)
-    model = tiny(name, layerdrop=0.0) if name == "opt" else tiny(name)
+    streams = StreamWitness.on_every_stack(written)
+    loss, gradients = step(written, batch)
+    model = tiny(name, **whole)
     monkeypatch.setattr("meft_kernels.targets.find_architecture", lambda model_type: None)
-    found = meft_kernels.load_adapter(model, tmp_path)
-    found.eval()
+    found = meft_kernels.load_adapter(model, tmp_path).train()
+    ours = StreamWitness.on_every_stack(found)
+    found_loss, found_gradients = step(found, batch)
+    assert found_loss == loss
+    assert found_gradients.keys() == gradients.keys()
+    assert all(torch.equal(found_gradients[key], gradients[key]) for key in gradients)
+    for one, other in zip(ours, streams, strict=True):
+        assert all(torch.equal(a, b) for i in other.before for a, b in zip(one.before[i], other.before[i], strict=True))
     assert list(found.state_dict()) == list(written.state_dict())
-    assert float(loss_of(found(**batch)).detach()) == loss
-    ours, theirs = (meft_kernels.describe(model) for model in (found, written))
-    assert str(ours) == str(theirs)
+    assert str(meft_kernels.describe(found)) == str(meft_kernels.describe(written))
+    apart = [stack.in_turn for stack in require_state(found).stacks]
+    assert apart == [stack.in_turn for stack in require_state(written).stacks]
