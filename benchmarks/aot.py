@@ -112,6 +112,8 @@ def _case(name: str, function: Any, types: Mapping[str, str | None], constants: 
             divisible.add(argument)
         elif argument in ("groups", "row_groups", "columns"):
             signature[argument] = "i32"  # never specialised, see do_not_specialize there
+        elif argument == "first_row":
+            signature[argument] = "i64"
         else:
             signature[argument] = "fp32"
     return Case(name, function, signature, fixed, frozenset(divisible), options)

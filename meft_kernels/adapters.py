@@ -142,7 +142,12 @@ def _linear(x: torch.Tensor, linear: nn.Linear) -> torch.Tensor:
 class Switch(Protocol):
     """Tells whether the adapters are in force; see ``ReversibleStack``."""
 
-    bypassed: bool
+    @property
+    def bypassed(self) -> bool:
+        """Whether they are left out in this thread."""
+
+
+_TAPPING = threading.Lock()
 
 
 class _Read(threading.local):
@@ -174,14 +179,21 @@ class FfnTap:
 
     def follow(self, reads: nn.Module, writes: nn.Module) -> None:
         """Tap these modules, if they are not those tapped already: PEFT puts others in their place when it merges."""
-        if self._tapped is not None and self._tapped[0] is reads and self._tapped[1] is writes:
+        if self._taps(reads, writes):
             return
-        self.remove()
-        self._tapped = reads, writes
-        self._handles = [
-            reads.register_forward_pre_hook(self._read, with_kwargs=True),
-            writes.register_forward_hook(self._write),
-        ]
+        with _TAPPING:
+            if self._taps(reads, writes):
+                return  # another thread was first
+            self.remove()
+            self._handles = [
+                reads.register_forward_pre_hook(self._read, with_kwargs=True),
+                writes.register_forward_hook(self._write),
+            ]
+            self._tapped = reads, writes
+
+    def _taps(self, reads: nn.Module, writes: nn.Module) -> bool:
+        tapped = self._tapped
+        return tapped is not None and tapped[0] is reads and tapped[1] is writes
 
     def remove(self) -> None:
         """Take both hooks off."""

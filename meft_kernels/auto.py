@@ -10,10 +10,11 @@ import huggingface_hub
 import transformers
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-from .checkpoint.files import CONFIG_NAME, WEIGHTS_NAME
+from .checkpoint.files import CONFIG_NAME, WEIGHTS_NAME, read_shapes
 from .checkpoint.load import load_adapter, read_description
+from .checkpoint.vocabulary import embedding_rows, vocabulary_tensors
 from .errors import AdapterFileError
-from .pretrained import Source
+from .pretrained import gguf_source
 
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token")
 """Arguments of ``from_pretrained`` that the adapter's download takes as well as the base model's."""
@@ -42,6 +43,8 @@ class AutoMeftModel:
     ) -> Any:
         """The patched model with its adapter, in eval mode.
 
+        Where the adapter brings the rows of a vocabulary that was resized, the base model's is resized as well.
+
         Args:
             adapter: a folder written by ``save_adapter``, a ``Trainer``'s checkpoint of a patched model, or a hub id.
             base_model: hub id or folder of the base model, where it is no longer the one that the adapter names. A
@@ -56,7 +59,7 @@ class AutoMeftModel:
             AdapterFileError: no such adapter, a damaged one, or one that does not say what it belongs to.
             OSError: the base model is not found (from transformers).
         """
-        folder = _fetch(adapter, revision, {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs})
+        folder = fetch_adapter(adapter, revision, {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs})
         description = read_description(folder)
         source = os.fspath(base_model) if base_model is not None else description["base_model_name_or_path"]
         if not source:
@@ -64,21 +67,17 @@ class AutoMeftModel:
                 f"{folder / CONFIG_NAME} does not name the base model: pass base_model=, or load it yourself and call "
                 "meft_kernels.load_adapter(model, folder)"
             )
-        labels = description.get("labels")
-        if labels is not None:
-            names = {int(index): name for index, name in labels["id2label"].items()}
-            kwargs.setdefault("id2label", names)
-            kwargs.setdefault("label2id", {name: index for index, name in names.items()})
-            if labels.get("problem_type") is not None:
-                kwargs.setdefault("problem_type", labels["problem_type"])
+        kwargs = {**label_options(description), **kwargs}
         if "base_model_revision" in kwargs:
             kwargs["revision"] = kwargs.pop("base_model_revision")
         if cls._auto_class is not None:
             model_class = getattr(transformers, cls._auto_class)
         else:
             model_class = _class_named(description["base_model_class"], folder)
+        gguf = gguf_source(source)
+        options = gguf.model_options() if gguf is not None else {}
         try:
-            model = model_class.from_pretrained(source, **{**_gguf_options(source), **kwargs})
+            model = model_class.from_pretrained(source, **{**options, **kwargs})
         except OSError as error:
             if base_model is not None:
                 raise
@@ -86,6 +85,7 @@ class AutoMeftModel:
                 f"the base model {source!r}, which {folder / CONFIG_NAME} names, is not found: if it is somewhere "
                 f"else, pass base_model= ({error})"
             ) from error
+        resize_as_saved(model, description, folder)
         return load_adapter(model, folder)
 
 
@@ -119,7 +119,12 @@ class AutoMeftModelForQuestionAnswering(AutoMeftModel):
     _auto_class = "AutoModelForQuestionAnswering"
 
 
-def _fetch(adapter: str | os.PathLike[str], revision: str | None, options: dict[str, Any]) -> Path:
+def fetch_adapter(adapter: str | os.PathLike[str], revision: str | None, options: dict[str, Any]) -> Path:
+    """The folder of an adapter that is on this machine or on the hub.
+
+    Raises:
+        AdapterFileError: it is nowhere.
+    """
     folder = Path(adapter)
     if folder.is_dir():
         return folder
@@ -133,13 +138,23 @@ def _fetch(adapter: str | os.PathLike[str], revision: str | None, options: dict[
     return Path(found)
 
 
-def _gguf_options(source: str) -> dict[str, Any]:
-    """How to load a base model whose folder holds one GGUF file and nothing else to load, as a package may have it."""
-    folder = Path(source)
-    if not folder.is_dir() or (folder / "config.json").exists():
+def label_options(description: dict[str, Any]) -> dict[str, Any]:
+    """What a classifier's config must be given to have the classes that the adapter was trained for."""
+    labels = description.get("labels")
+    if labels is None:
         return {}
-    files = sorted(folder.glob("*.gguf"))
-    return Source(source, files[0].name).model_options() if len(files) == 1 else {}
+    names = {int(index): name for index, name in labels["id2label"].items()}
+    options = {"id2label": names, "label2id": {name: index for index, name in names.items()}}
+    return options if labels.get("problem_type") is None else {**options, "problem_type": labels["problem_type"]}
+
+
+def resize_as_saved(model: Any, description: dict[str, Any], folder: Path) -> None:
+    """Give the base model as many tokens as the adapter was trained with, where the adapter brings their rows."""
+    rows, saved = embedding_rows(model), description.get("vocab_size")
+    if rows is None or not isinstance(saved, int) or saved == rows:
+        return
+    if vocabulary_tensors(model, rows).keys() & read_shapes(folder / WEIGHTS_NAME).keys():
+        model.resize_token_embeddings(saved, mean_resizing=False)
 
 
 def _class_named(name: str, folder: Path) -> Any:

@@ -31,6 +31,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "impl": ("auto", "torch", "triton"),
     "attention": ("auto", "whole", "pieces"),
     "remainders": ("device", "host"),
+    "check": ("end", "layer"),
 }
 
 # (lam, beta) of the paper, section 3.3.
@@ -120,6 +121,11 @@ class MeftConfig:
     remainders: Literal["device", "host"] = option(
         "device", "where what the inverse needs waits between forward and backward; 'host': in pinned host memory"
     )
+    check: Literal["end", "layer"] = option(
+        "end",
+        "when rebuilt streams are compared with the forward's: 'end' of backward, at one transfer from the device; "
+        "'layer': before a layer's gradients are handed on, at one a layer (for optimizers that step inside backward)",
+    )
     compile_layers: bool = option(False, "run the pretrained layers under torch.compile, in forward as in backward")
     loss: Loss = option(
         "auto",
@@ -157,6 +163,8 @@ class MeftConfig:
                 raise ValueError(f"fraction_bits must be in [0, {MAX_FRACTION_BITS}], got {self.fraction_bits}")
             if self.arithmetic == "float":
                 raise ValueError("fraction_bits belongs to arithmetic='exact'")
+        if self.check == "layer" and self.arithmetic == "float":
+            raise ValueError("check='layer' belongs to arithmetic='exact': float streams only come close")
         if self.dropout is not None and not (_is_number(self.dropout) and 0 <= self.dropout < 1):
             raise ValueError(f"dropout must be in [0, 1), got {self.dropout!r}")
         for name in ("down_init_std", "up_init_std"):

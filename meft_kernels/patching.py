@@ -12,15 +12,16 @@ import torch
 from torch import nn
 
 from .adapters import Adapter, FfnTap
-from .checkpoint.binding import SavingBinding
+from .checkpoint.binding import LoadingBinding, SavingBinding
 from .config import MeftConfig
 from .engine.layer import ADAPTERS, PatchedLayer
 from .engine.stack import ReversibleStack
 from .engine.stack_state import StackState
+from .engine.threads import Gate
 from .errors import PatchError
 from .insertion import make_adapters
 from .loss.binding import LossBinding, head_for
-from .state import STATE, PatchState, count_parameters, find_state, require_state, unwrap
+from .state import STATE, PatchState, count_parameters, find_state, is_sentence_encoder, require_state, unwrap
 from .targets import LayerList, Trust, check_trainable, find_layers, find_spec, is_peft, modules_to_train
 from .trainer_bindings import CheckpointingBinding, QuantisedBinding
 
@@ -110,13 +111,18 @@ def patch(
             parameter.requires_grad_(parameter.requires_grad and is_peft(base))
     for name in trained:
         base.get_submodule(name).requires_grad_(True)
-    stacks = [_bind(target, made, config) for target, made in zip(lists, adapters, strict=True)]
+    gate = Gate()
+    stacks = [_bind(target, made, config, gate) for target, made in zip(lists, adapters, strict=True)]
     state = PatchState(config, stacks, trained, required_grad, plan=budget)
-    state.bindings.append(CheckpointingBinding(base, stacks))
+    state.bindings += [CheckpointingBinding(base, stacks), LoadingBinding(base)]
     if config.adapters == "all":
         state.bindings += [SavingBinding(base), QuantisedBinding(base)]
     if head is not None:
         state.bindings.append(LossBinding(base, head, config.loss_rows))
+    if is_sentence_encoder(model):
+        from .sentence_encoders import EncoderBinding
+
+        state.bindings.append(EncoderBinding(model, base))
     object.__setattr__(base, STATE, state)
     trainable, total = count_parameters(base)
     logger.info(
@@ -193,7 +199,7 @@ def unpatch(model: Model) -> Model:
                     f"the forward of {layer.name} was wrapped again after patch (accelerate's hooks do so): take that "
                     "wrapper off first"
                 )
-    for stack in state.stacks:
+    for stack in reversed(state.stacks):  # a model that owns two of them has their objects one inside the other
         for layer in stack.layers:
             layer.module._modules.pop(ADAPTERS, None)
         stack.remove()
@@ -227,8 +233,8 @@ def _warn_of_drift(stack: ReversibleStack, dtype: torch.dtype) -> None:
         )
 
 
-def _bind(target: LayerList, adapters: list[dict[str, Adapter]], config: MeftConfig) -> ReversibleStack:
-    stack = ReversibleStack(target, config)
+def _bind(target: LayerList, adapters: list[dict[str, Adapter]], config: MeftConfig, gate: Gate) -> ReversibleStack:
+    stack = ReversibleStack(target, config, gate)
     for index, made in enumerate(adapters, config.frozen_layers):
         layer = target.layers[index]
         inside: dict[str, nn.Module] = {**made}

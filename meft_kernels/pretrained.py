@@ -86,6 +86,15 @@ def find_model(name: str) -> Source:
     return Source(str(file.parent), file.name)
 
 
+def gguf_source(folder: str) -> Source | None:
+    """A folder that holds one GGUF file and nothing else to load, as a package may have it; None for any other."""
+    path = Path(folder)
+    if not path.is_dir() or (path / "config.json").exists():
+        return None
+    files = sorted(path.glob("*.gguf"))
+    return Source(folder, files[0].name) if len(files) == 1 else None
+
+
 def find_pretrained(name: str) -> Pretrained:
     """Configuration and tokenizer of what :func:`find_model` finds.
 

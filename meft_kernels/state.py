@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
 
+import torch
 from torch import nn
 
 from .adapters import Adapter
@@ -16,6 +19,8 @@ from .errors import PatchError
 
 if TYPE_CHECKING:
     from .planning import Plan
+
+Change = TypeVar("Change", bound=Callable[..., Any])
 
 STATE = "_meft_state"
 """Attribute of the transformers model under which :class:`PatchState` is kept."""
@@ -29,8 +34,8 @@ class AdapterSlot:
     config: MeftConfig
     layers: list[list[dict[str, Adapter]]]
     """Of every stack, of every patched layer."""
-    heads: dict[str, nn.Module]
-    """Modules trained with it, by name."""
+    heads: dict[str, torch.Tensor]
+    """Parameters and buffers of what is trained with it, by name."""
     arithmetics: list[Arithmetic | None]
     """Of every stack."""
 
@@ -49,7 +54,7 @@ class PatchState:
     """Settings of the active adapter."""
     stacks: list[ReversibleStack]
     trained_modules: tuple[str, ...]
-    """Modules trained and saved whole beside the adapters."""
+    """Modules, and parameters that are in none of them, trained and saved whole beside the adapters."""
     required_grad: dict[str, bool]
     """``requires_grad`` of every parameter before."""
     active: str = DEFAULT_ADAPTER
@@ -58,6 +63,9 @@ class PatchState:
     """The others, by name."""
     bindings: list[Binding] = field(default_factory=list)
     """What was bound on the model besides its layers' forwards."""
+    brought: tuple[str, ...] = ()
+    """Frozen tensors that came from an adapter's folder (rows of a resized vocabulary), by name: the model's, and saved
+    with its adapters again."""
     plan: Plan | None = None
     """How the settings were chosen, where a budget was given."""
 
@@ -68,7 +76,7 @@ class PatchState:
 
 
 def unwrap(model: Any) -> Any:
-    """The transformers model inside a PEFT, DDP or ``torch.compile`` wrapper."""
+    """The transformers model inside a PEFT, DDP or ``torch.compile`` wrapper, or a model of sentence-transformers."""
     while True:
         if hasattr(model, "get_base_model"):
             model = model.get_base_model()
@@ -76,8 +84,17 @@ def unwrap(model: Any) -> Any:
             model = model.module
         elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
             model = inner
+        elif is_sentence_encoder(model) and model.transformers_model is not None:
+            model = model.transformers_model
         else:
             return model
+
+
+def is_sentence_encoder(model: Any) -> bool:
+    """Whether this is a model of sentence-transformers: modules around a transformer, and a head perhaps."""
+    return any(kind.__module__.startswith("sentence_transformers.") for kind in type(model).__mro__) and hasattr(
+        model, "transformers_model"
+    )
 
 
 def find_state(model: nn.Module) -> PatchState | None:
@@ -95,6 +112,20 @@ def require_state(model: nn.Module) -> PatchState:
     if state is None:
         raise PatchError("this model is not patched: call meft_kernels.patch(model) first")
     return state
+
+
+def between_passes(change: Change) -> Change:
+    """Decorates a function that changes what all threads' passes through a patched model, its first argument, read.
+
+    The function then runs while no other thread is in a forward pass through the model, and none begins.
+    """
+
+    @functools.wraps(change)
+    def waiting(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        with require_state(model).stacks[0].gate.changing():
+            return change(model, *args, **kwargs)
+
+    return cast(Change, waiting)
 
 
 def adapter_module_names(state: PatchState) -> list[str]:

@@ -8,14 +8,17 @@ from contextlib import ExitStack, contextmanager
 from copy import deepcopy
 from typing import Any
 
+import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
 from .config import MeftConfig
 from .errors import PatchError
 from .insertion import make_adapters
-from .state import AdapterSlot, PatchState, require_state, unwrap
+from .modules import modules_of
+from .state import AdapterSlot, PatchState, between_passes, require_state, unwrap
 from .targets import find_spec
+from .unfrozen import adopt_unfrozen
 
 ADAPTER_SETTINGS = (
     "rank", "activation", "dropout", "down_init_std", "up_init_std", "adapter_dtype", "fraction_bits"
@@ -70,20 +73,26 @@ def add_slot(model: nn.Module, adapter_name: str, config: MeftConfig) -> None:
         [make_adapters(layer.module, stack.hidden_size, base, spec, config) for layer in stack.layers]
         for stack in state.stacks
     ]
-    heads = {name: deepcopy(base.get_submodule(name)) for name in state.trained_modules}
+    adopt_unfrozen(base, state)
     state.inactive[adapter_name] = AdapterSlot(
-        config, layers, heads, [stack.given_arithmetic(config) for stack in state.stacks]
+        config,
+        layers,
+        deepcopy(trained_tensors(base, state)),
+        [stack.given_arithmetic(config) for stack in state.stacks],
     )
 
 
+@between_passes
 def set_adapter(model: nn.Module, adapter_name: str) -> None:
     """Make this adapter the active one: the one that computes, trains, and is in ``state_dict()``.
 
     Parameters of the others leave the model unchanged and come back as the same objects, so that each adapter may have
-    an optimizer of its own. A forward made before must have its backward before the switch, or backward raises.
+    an optimizer of its own. A forward made before must have its backward before the switch, or backward raises. It is
+    the active one for all threads: passes of others under way are waited for, and theirs then wait.
 
     Raises:
         PatchError: the model is not patched, or has no adapter of this name.
+        ReversibleUsageError: in the middle of a forward pass of this thread.
     """
     state, base = require_state(model), unwrap(model)
     if adapter_name == state.active:
@@ -91,11 +100,13 @@ def set_adapter(model: nn.Module, adapter_name: str) -> None:
     if adapter_name not in state.inactive:
         raise PatchError(f"there is no adapter {adapter_name!r}; the model has {_listed(state)}")
     _check_may_switch(model, state)
+    adopt_unfrozen(base, state)
     coming = state.inactive.pop(adapter_name)
+    leaving = trained_tensors(base, state)
     state.inactive[state.active] = AdapterSlot(
         state.config,
         [[layer.adapters for layer in stack.layers] for stack in state.stacks],
-        {name: base.get_submodule(name) for name in state.trained_modules},
+        leaving,
         [stack.arithmetic for stack in state.stacks],
     )
     for stack, layers, arithmetic in zip(state.stacks, coming.layers, coming.arithmetics, strict=True):
@@ -103,13 +114,40 @@ def set_adapter(model: nn.Module, adapter_name: str) -> None:
         for layer, adapters in zip(stack.layers, layers, strict=True):
             device = next(iter(layer.adapters.values())).up.weight.device  # the model may have moved meanwhile
             layer.hold({name: adapter.to(device).train(layer.module.training) for name, adapter in adapters.items()})
-    for name, head in coming.heads.items():
-        before = base.get_submodule(name)
-        parent, _, leaf = name.rpartition(".")
-        for parameter in before.parameters():
-            head.to(parameter.device)
-        setattr(base.get_submodule(parent), leaf, head.train(before.training))
+    _put(base, {id(old): _placed_like(old, coming.heads[name]) for name, old in leaving.items()})
     state.config, state.active = coming.config, adapter_name
+
+
+def trained_tensors(base: nn.Module, state: PatchState) -> dict[str, torch.Tensor]:
+    """Parameters and buffers of what is trained beside the adapters, by name; each once, whatever shares it."""
+    prefixes = tuple(f"{name}." for name in state.trained_modules)
+    found = {
+        id(tensor): (name, tensor)
+        for tensors in (base.named_parameters(remove_duplicate=False), base.named_buffers(remove_duplicate=False))
+        for name, tensor in tensors
+        if name in state.trained_modules or name.startswith(prefixes)
+    }
+    return dict(found.values())
+
+
+def _put(base: nn.Module, others: dict[int, torch.Tensor]) -> None:
+    """Put other tensors in the place of the model's own, which are named by their ids, wherever these are."""
+    for module in modules_of(base):
+        held: Any = module._parameters, module._buffers
+        for tensors in held:
+            for name, tensor in tensors.items():
+                if id(tensor) in others:
+                    tensors[name] = others[id(tensor)]
+
+
+def _placed_like(here: torch.Tensor, coming: torch.Tensor) -> torch.Tensor:
+    """A tensor moved and cast to where another is, as a module's are: a parameter remains the same object."""
+    if (coming.device, coming.dtype) == (here.device, here.dtype):
+        return coming
+    holder: Any = nn.Module()
+    (holder._parameters if isinstance(coming, nn.Parameter) else holder._buffers)["it"] = coming
+    moved: torch.Tensor = holder.to(here.device, here.dtype if here.is_floating_point() else None).it
+    return moved
 
 
 def delete_adapter(model: nn.Module, adapter_name: str) -> None:
@@ -143,8 +181,9 @@ def activated(model: nn.Module, adapter_name: str) -> Iterator[None]:
 def disable_adapter(model: nn.Module) -> Iterator[None]:
     """Inside a ``with`` block the model computes what it did, frozen, before :func:`patch`: DPO's reference, say.
 
-    Bit for bit: adapters and coupling are out of the way. Modules trained beside them (a task head) stay as they are. A
-    backward through a forward made outside of the block must run outside of it, too.
+    Bit for bit: adapters and coupling are out of the way. Modules trained beside them (a task head) stay as they are.
+    It holds for this thread, and for forwards: the backward of one made outside of the block has its adapters inside,
+    too.
 
     Raises:
         PatchError: the model is not patched.

@@ -30,7 +30,8 @@ class VerifyReport:
     first_mismatch: str | None
     """The first layer, in the order of backward, whose input came back different."""
     gradient_error: float
-    """||g - g_ref|| / ||g_ref|| over all trainable parameters, g_ref from ``engine="autograd"``."""
+    """||g - g_ref|| / ||g_ref|| over all trainable parameters, g_ref from ``engine="autograd"``; inf where one of them
+    has a gradient in one engine only, or none has any."""
     worst_gradient: tuple[str, float]
     """The parameter whose gradient is furthest off, and its error relative to its own norm."""
     saved_bytes_per_layer: float
@@ -52,6 +53,9 @@ class VerifyReport:
     blocks_match: bool
     """The family's ``attention_block`` and ``mlp_block``, one after the other, are the layer itself, bit for bit and
     with all it returns. Only meft3 uses them."""
+    without_gradient: tuple[str, ...]
+    """Trainable parameters that got no gradient in either engine, of which their equality says nothing: this batch does
+    not use them (an expert, a pooler), or the loss does not depend on what they compute."""
 
     def __str__(self) -> str:
         rows = [
@@ -67,6 +71,9 @@ class VerifyReport:
             ),
             ("fraction bits", ", ".join("float" if bits is None else str(bits) for bits in self.fraction_bits)),
         ]
+        if self.without_gradient:
+            others = len(self.without_gradient) - 1
+            rows.append(("without a gradient", self.without_gradient[0] + (f" and {others} others" if others else "")))
         if self.start_loss is not None and self.base_loss is not None:
             rows.append(("loss patched / pretrained", f"{self.start_loss:.4f} / {self.base_loss:.4f}"))
         width = max(len(label) for label, _ in rows)
@@ -162,7 +169,11 @@ def verify(model: nn.Module, batch: Batch) -> VerifyReport:
     checked = sum(len(recorder.equal) for recorder in recorders)
     sizes = [nbytes for recorder in recorders for nbytes in recorder.nbytes]
     elements = sum(len(recorder.nbytes) * recorder.elements for recorder in recorders)
+    trainable = [name for name, parameter in base.named_parameters() if parameter.requires_grad]
+    missing = tuple(name for name in trainable if name not in gradients and name not in reference)
     error, worst = _gradient_errors(gradients, reference)
+    if len(missing) == len(trainable):
+        error, worst = math.inf, (missing[0], math.inf)
     return VerifyReport(
         bit_exact=checked > 0 and not mismatches,
         first_mismatch=mismatches[0] if mismatches else None,
@@ -177,6 +188,7 @@ def verify(model: nn.Module, batch: Batch) -> VerifyReport:
         fraction_bits=fraction_bits_of(state),
         repeats=loss == reference_loss,
         blocks_match=blocks_match,
+        without_gradient=missing,
     )
 
 

@@ -113,6 +113,10 @@ def change_config(**changes: Any) -> Callable[[Path], None]:
     return apply
 
 
+def change_state(change: Callable[[torch.Tensor], object]) -> Callable[[Path], None]:
+    return change_tensors(lambda tensors: change(tensors[STATE_KEY]))
+
+
 STATE_KEY = "bert.encoder.layer.0.meft.state._extra_state"
 KEY = "bert.encoder.layer.1.meft.ffn.up.weight"
 DAMAGE = {
@@ -125,7 +129,7 @@ DAMAGE = {
     "binary config": (lambda folder: (folder / CONFIG_NAME).write_bytes(b"\xff\xfe\x00"), "is damaged"),
     "peft's": (change_config(library=None), "not written by meft_kernels"),
     "newer format": (change_config(format_version=2), "format 2"),
-    "missing key": (change_tensors(lambda tensors: tensors.pop(KEY)), f"lacks 1 tensors, {KEY}"),
+    "missing key": (change_tensors(lambda tensors: tensors.pop(KEY)), f"lacks 1 tensors that train here, {KEY}"),
     "unexpected key": (change_tensors(lambda tensors: tensors.update(x=torch.zeros(1))), "1 tensors that .*, x among"),
     "wrong shape": (
         change_tensors(lambda tensors: tensors.update({KEY: torch.zeros(64, 9)})),
@@ -143,17 +147,15 @@ DAMAGE = {
     "odd name": (change_config(base_model_name_or_path=["x"]), "no valid 'base_model_name_or_path'"),
     "odd labels": (change_config(labels={"id2label": {"x": 1}}), "no valid 'labels'"),
     "no digits for a key": (change_config(labels={"id2label": {"x": "y"}}), "no valid 'labels'"),
-    "other couplings": (
-        change_tensors(lambda tensors: tensors.update({STATE_KEY: tensors[STATE_KEY] ^ torch.tensor([1, 0])})),
-        "patched with other settings",
-    ),
-    "bits out of range": (
-        change_tensors(
-            lambda tensors: tensors.update({STATE_KEY: torch.stack([tensors[STATE_KEY][0], torch.tensor(99)])})
-        ),
-        "fraction_bits is 99",
-    ),
-    "odd state": (change_tensors(lambda tensors: tensors.update({STATE_KEY: torch.zeros(3)})), "two int64 numbers"),
+    "other couplings": (change_state(lambda state: state[3].sub_(1).abs_()), "other settings"),
+    "no fraction bits": (change_state(lambda state: state[63:].zero_()), "is damaged, or a sum"),
+    "NaN for a state": (change_state(lambda state: state.fill_(torch.nan)), "is damaged, or a sum"),
+    "odd state": (change_tensors(lambda tensors: tensors.update({STATE_KEY: torch.zeros(3)})), "93 numbers were"),
+    "parts no object": (change_config(parts=["x"]), "no valid 'parts'"),
+    "parts of nothing": (change_config(parts={"x": True}), "lacks 1 tensors that train here, x among"),
+    "parts that cannot train": (change_config(parts={STATE_KEY: True}), "_extra_state trains, which is no parameter"),
+    "ties no lists": (change_config(tied={"x": "y"}), "no valid 'tied'"),
+    "checksums no numbers": (change_config(base_checksums={"x": ["float32", "y"]}), "no valid 'base_checksums'"),
     "integers for weights": (
         change_tensors(lambda tensors: tensors.update({KEY: tensors[KEY].to(torch.int32)})),
         "is torch.int32, the model's torch.float32",
@@ -260,13 +262,17 @@ def test_layer_inside_a_wrapper(tmp_path: Path) -> None:
         meft_kernels.save_adapter(model, tmp_path)
 
 
-def test_trained_weights_that_are_not_saved_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    model = meft_kernels.patch(tiny_llama(), **TRAINABLE_START)
+def test_only_pefts_weights_are_left_to_others(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    import peft
+
+    model = peft.get_peft_model(tiny_llama(), peft.LoraConfig(target_modules=["q_proj"]))
+    meft_kernels.patch(model, **TRAINABLE_START)
+    caplog.clear()
+    model.base_model.model.model.norm.weight.requires_grad_(True)
     meft_kernels.save_adapter(model, tmp_path)
-    assert not caplog.records
-    model.model.embed_tokens.weight.requires_grad_(True)
-    meft_kernels.save_adapter(model, tmp_path)
-    assert "1 trainable parameters are neither adapters nor" in caplog.text
+    assert "6 trainable parameters are PEFT's and were not saved" in caplog.text
+    keys = load_file(tmp_path / WEIGHTS_NAME).keys()
+    assert {key for key in keys if ".meft." not in key} == {"model.norm.weight"}
 
 
 def test_others_may_read_what_was_saved(tmp_path: Path) -> None:

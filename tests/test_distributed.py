@@ -30,3 +30,9 @@ def test_two_processes(family: str) -> None:
     printed = launch(2, "tests/isolated/check_distributed.py", family, *ENGINES[family])
     for engine in ENGINES[family]:
         assert f"{engine} agrees to" in printed, printed
+
+
+def test_a_layer_that_does_not_repeat_on_one_of_two_processes() -> None:
+    printed = launch(2, "tests/isolated/check_not_repeatable.py")
+    for wrapper in ("ddp", "ddp_static_graph", "fsdp2"):
+        assert f"{wrapper}: nobody stepped unnoticed" in printed, printed

@@ -26,7 +26,7 @@ def test_opcheck(exact: bool, coefficient: float, value_dtype: torch.dtype | Non
     a, center = (_stream(), _stream()) if exact else (torch.randn(5, 19), torch.randn(5, 19))
     branch, k = torch.randn(5, 19), 20 if exact else None
     library = torch.ops.meft_kernels
-    arguments = (a, branch, center if centred else None, coefficient, k, value_dtype, "torch")
+    arguments = (a, branch, center if centred else None, coefficient, k, value_dtype, 3, "torch")
     torch.library.opcheck(library.couple, arguments)
     torch.library.opcheck(library.couple_, arguments)
     coupled = ops.couple(a, branch, coefficient, center=center if centred else None, fraction_bits=k)

@@ -66,7 +66,8 @@ def test_training_one_leaves_the_other_alone() -> None:
     model.eval()
     second = logits(model)
     assert not torch.equal(before, second)
-    assert not torch.equal(model.classifier.weight, require_state(model).inactive["default"].heads["classifier"].weight)
+    waiting = require_state(model).inactive["default"].heads["classifier.weight"]
+    assert not torch.equal(model.classifier.weight, waiting)
     meft_kernels.set_adapter(model, "default")
     assert torch.equal(logits(model), first)  # the head as well: each has its own
     meft_kernels.set_adapter(model, "other")

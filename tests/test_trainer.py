@@ -118,6 +118,32 @@ def test_resumed_training_is_the_uninterrupted_one(build: Any, arguments: dict[s
     assert all(torch.equal(tensor, expected[name]) for name, tensor in weights(again).items())
 
 
+def test_a_training_whose_streams_overflow_is_resumed_with_fewer_bits(tmp_path: Path) -> None:
+    """The checkpoint has the bits that were too fine: fewer are kept, and taken where ``fraction_bits`` says so."""
+    model = make(tiny_llama)
+    first = trainer_for(model, tmp_path, StopAt(4))
+    first.train()
+    (bits,) = fraction_bits_of(require_state(model))
+    with torch.no_grad():
+        scale = torch.full_like(model.model.layers[1].mlp.down_proj.weight, 2e5)
+        model.model.layers[1].mlp.down_proj.weight.mul_(scale)
+    with pytest.raises(meft_kernels.StreamOverflowError, match=rf"patch with fraction_bits={bits - 2}"):
+        trainer_for(model, tmp_path).train(resume_from_checkpoint=True)
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight.div_(scale)
+    trainer_for(model, tmp_path).train(resume_from_checkpoint=True)
+    assert fraction_bits_of(require_state(model)) == (bits - 2,)
+
+    again = meft_kernels.patch(tiny_llama(), rank=4, dropout=0.1, fraction_bits=bits - 2)
+    resumed = trainer_for(again, tmp_path)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert len(set(losses(resumed))) == STEPS
+    assert fraction_bits_of(require_state(again)) == (bits - 2,)
+    finer = meft_kernels.patch(tiny_llama(), rank=4, dropout=0.1, fraction_bits=bits + 1)
+    with pytest.raises(meft_kernels.PatchError, match=f"patch with {bits}, or with fewer"):
+        trainer_for(finer, tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+
+
 def test_checkpoints_hold_the_adapter_alone(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     model = make(tiny_llama)
     trainer = trainer_for(model, tmp_path)

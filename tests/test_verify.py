@@ -74,6 +74,28 @@ def test_model_is_left_as_it_was() -> None:
     assert require_state(model).stacks[0].engine == "reversible"
 
 
+def test_parameters_without_a_gradient_are_named() -> None:
+    """Both engines leave them out alike, which is no proof of anything."""
+    model = meft_kernels.patch(tiny_llama(), **TRAINABLE_START)
+    model.idle = torch.nn.Parameter(torch.ones(3))
+    report = meft_kernels.verify(model, tiny_batch(model))
+    assert report.without_gradient == ("idle",)
+    assert report.gradient_error <= 1e-5
+    assert "without a gradient" in str(report)
+    del model.idle
+    assert meft_kernels.verify(model, tiny_batch(model)).without_gradient == ()
+
+
+def test_no_gradient_at_all_is_no_agreement() -> None:
+    model = meft_kernels.patch(tiny_llama().requires_grad_(False), adapters="none")
+    model.idle = torch.nn.Parameter(torch.ones(3))
+    model.model.embed_tokens.register_forward_hook(lambda module, args, out: out.detach().requires_grad_())
+    report = meft_kernels.verify(model, tiny_batch(model))
+    assert report.without_gradient == ("idle",)
+    assert math.isinf(report.gradient_error)
+    assert report.worst_gradient == ("idle", math.inf)
+
+
 def test_nothing_trainable() -> None:
     model = meft_kernels.patch(tiny_llama().requires_grad_(False), adapters="none")
     with pytest.raises(ReversibleUsageError, match="nothing in this model is trainable"):
@@ -118,6 +140,22 @@ def test_coarse_resolution_is_told(caplog: pytest.LogCaptureFixture) -> None:
     assert "the start loss may move" in caplog.text
 
 
+def test_one_large_token_does_not_hide_what_becomes_of_the_others(caplog: pytest.LogCaptureFixture) -> None:
+    hidden_states = torch.randn(1, 64, 64, generator=torch.Generator().manual_seed(0))
+    hidden_states[0, 5] *= 1e6
+    hidden_states[0, -3:] = 0.0  # padding
+    probe = Probe()
+    probe.enter(hidden_states)
+    bits = probe.fraction_bits_for(22, "layers")
+    assert "the start loss may move" in caplog.text
+    assert bits == 6
+    caplog.clear()
+    probe = Probe()
+    probe.enter(hidden_states.clamp(-100, 100))
+    probe.fraction_bits_for(22, "layers")
+    assert not caplog.text
+
+
 def test_calibrating_what_was_given() -> None:
     model = meft_kernels.patch(tiny_llama(), fraction_bits=12)
     with pytest.raises(ReversibleUsageError, match="fraction_bits=12 was given"):
@@ -125,11 +163,16 @@ def test_calibrating_what_was_given() -> None:
     assert math.isfinite(model(**tiny_batch(model)).loss)
 
 
-def test_calibration_with_a_cache_does_not_fill_it() -> None:
+@pytest.mark.parametrize("by_position", [False, True])
+def test_calibration_with_a_cache_does_not_fill_it(by_position: bool) -> None:
     from transformers import DynamicCache
 
     model = meft_kernels.patch(tiny_llama(), **TRAINABLE_START)
     cache = DynamicCache(config=model.config)
+    ids = torch.tensor([[1, 2, 3]])
     with torch.no_grad():
-        model(input_ids=torch.tensor([[1, 2, 3]]), past_key_values=cache, use_cache=True)
+        if by_position:
+            model.model(ids, None, None, cache)
+        else:
+            model(input_ids=ids, past_key_values=cache, use_cache=True)
     assert cache.get_seq_length() == 3

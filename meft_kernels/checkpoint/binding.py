@@ -15,9 +15,10 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 from transformers.utils import SAFE_WEIGHTS_NAME
 
+from ..engine.stack_state import EXTRA_STATE, StackState
 from ..errors import PatchError
 from ..state import find_state
-from .files import CARD_NAME, CONFIG_NAME, WEIGHTS_NAME, saved_names, write_whole
+from .files import CARD_NAME, CONFIG_NAME, WEIGHTS_NAME, brought_names, saved_names, write_whole
 from .save import is_distributed, save_adapter, writes
 
 
@@ -88,6 +89,17 @@ class SavingBinding:
                 setattr(model, name, before)
 
 
+class LoadingBinding:
+    """Has ``load_state_dict`` look at what a stack's settings and calibration are before it copies anything."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._handle: RemovableHandle = model.register_load_state_dict_pre_hook(_check_stack_states)
+
+    def remove(self, model: nn.Module) -> None:
+        """Take it off."""
+        self._handle.remove()
+
+
 def _upload(
     folder: Path,
     repo_id: str,
@@ -127,8 +139,16 @@ def _allow_adapter_alone(model: nn.Module, incompatible_keys: Any) -> None:
     if state is None or not incompatible_keys.missing_keys:
         return
     try:
-        ours = set(saved_names(model, state).values())
+        ours = {*saved_names(model, state).values(), *brought_names(model, state).values()}
     except PatchError:  # layers inside wrappers that we do not know: leave it to torch to say what is missing
         return
     if set(incompatible_keys.missing_keys) == model.state_dict().keys() - ours:
         incompatible_keys.missing_keys.clear()
+
+
+def _check_stack_states(model: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: Any) -> None:
+    """Raises what :meth:`StackState.check` does."""
+    for name, module in model.named_modules():
+        key = f"{prefix}{name}.{EXTRA_STATE}"
+        if isinstance(module, StackState) and key in state_dict:
+            module.check(state_dict[key])

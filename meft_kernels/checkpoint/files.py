@@ -15,38 +15,42 @@ from torch import nn
 from ..engine.stack_state import EXTRA_STATE
 from ..errors import AdapterFileError, PatchError
 from ..state import PatchState, adapter_module_names
+from ..unfrozen import unfrozen
+from .names import plain_name
+from .vocabulary import resized_vocabulary
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 CONFIG_NAME = "adapter_config.json"
 CARD_NAME = "README.md"
 FORMAT = 1
-_WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
-"""What torch.compile and others put into the names of what they wrap."""
 
 
 def saved_names(base: nn.Module, state: PatchState) -> dict[str, str]:
-    """Key in the file -> name in ``state_dict()``; keys lack the names of wrappers.
+    """Key in the file -> name in ``state_dict()``, of all that trains with the active adapter; keys are plain names.
 
     Raises:
         PatchError: a layer's adapters are not in ``state_dict()`` under any name known here.
     """
-    prefixes = [f"{_key(name)}." for name in (*adapter_module_names(state), *state.trained_modules)]
-    names = {_key(name): name for name in base.state_dict() if _key(name).startswith(tuple(prefixes))}
-    for prefix in prefixes:
-        if not any(key.startswith(prefix) for key in names):
+    here = {plain_name(name): name for name in base.state_dict()}
+    owned = [plain_name(name) for name in (*adapter_module_names(state), *state.trained_modules)]
+    prefixes = [f"{name}." for name in owned]
+    names = {key: name for key, name in here.items() if key in owned or key.startswith(tuple(prefixes))}
+    for key, prefix in zip(owned, prefixes, strict=True):
+        if key not in names and not any(name.startswith(prefix) for name in names):
             raise PatchError(f"no tensors are named {prefix}*: is the layer inside a wrapper? Save the model it wraps")
+    names |= {key: here[key] for key in map(plain_name, unfrozen(base, state))}
     return names
+
+
+def brought_names(base: nn.Module, state: PatchState) -> dict[str, str]:
+    """The same of what is frozen and saved with it, because no other base model has it: a resized vocabulary's rows."""
+    here = {plain_name(name): name for name in base.state_dict()}
+    return {key: here[key] for key in map(plain_name, (*resized_vocabulary(base), *state.brought)) if key in here}
 
 
 def is_extra_state(key: str) -> bool:
     """Whether a key of ``state_dict()`` is a module's own state, and no parameter or buffer."""
     return key.rpartition(".")[2] == EXTRA_STATE
-
-
-def _key(name: str) -> str:
-    for wrapper in _WRAPPERS:
-        name = name.replace(wrapper, "")
-    return name
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -88,7 +92,7 @@ def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
 def _read(path: Path, get: Callable[[Any, str], Any]) -> dict[str, Any]:
     try:
         with safe_open(path, framework="pt") as file:
-            return {_key(key): get(file, key) for key in file.keys()}  # noqa: SIM118 - not a dict
+            return {plain_name(key): get(file, key) for key in file.keys()}  # noqa: SIM118 - not a dict
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
         raise AdapterFileError(f"{path.parent} holds no {path.name}") from None
     except (SafetensorError, ValueError, OSError, RuntimeError, TypeError, KeyError) as error:

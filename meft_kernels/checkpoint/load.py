@@ -17,8 +17,12 @@ from ..errors import AdapterFileError, PatchError
 from ..patching import Model, check_same_settings, patch, unpatch
 from ..state import DEFAULT_ADAPTER, PatchState, find_state, require_state, unwrap
 from ..switching import ADAPTER_SETTINGS, activated, add_slot, delete_adapter
-from .base_model import check_base, is_fingerprint
+from ..unfrozen import adopt
+from .base_model import are_checksums, check_base, is_fingerprint
 from .files import CONFIG_NAME, FORMAT, WEIGHTS_NAME, is_extra_state, read_json, read_shapes, read_tensors, saved_names
+from .names import plain_name
+from .parts import are_parts, are_tied, check_tied
+from .vocabulary import embedding_rows
 
 _DOWN = f".{ADAPTERS}.ffn.down.weight"
 _RUN_SETTINGS = (
@@ -31,6 +35,7 @@ _RUN_SETTINGS = (
     "lean_norms",
     "inplace_gradients",
     "remainders",
+    "check",
     "loss",
     "loss_rows",
 )
@@ -42,7 +47,8 @@ _START_SETTINGS = ("down_init_std", "up_init_std")
 def load_adapter(model: Model, directory: str | os.PathLike[str], adapter_name: str | None = None) -> Model:
     """Read what :func:`~meft_kernels.save_adapter` wrote into a model of the same base; patch it if it is not patched.
 
-    Strict: base model, settings, names and shapes must agree, or nothing is changed.
+    Strict: base model, settings, names and shapes must agree, or nothing is changed. Parameters that were trained
+    beside the adapters (norms, biases) are trainable again.
 
     Args:
         model: a model, patched or not.
@@ -56,7 +62,8 @@ def load_adapter(model: Model, directory: str | os.PathLike[str], adapter_name: 
         The same object.
 
     Raises:
-        AdapterFileError: files missing, damaged, for another base model, or with missing or unexpected tensors.
+        AdapterFileError: files missing, damaged, for another base model or another vocabulary (the message names
+            ``resize_token_embeddings``), or with missing or unexpected tensors.
         PatchError: the model is patched with other settings.
         UnsupportedModelError: the model cannot be patched.
     """
@@ -80,7 +87,7 @@ def load_adapter(model: Model, directory: str | os.PathLike[str], adapter_name: 
         try:
             state = require_state(model)
             state.active = adapter_name or DEFAULT_ADAPTER
-            _load_weights(base, state, folder)
+            _load_weights(base, state, folder, description)
         except BaseException:
             unpatch(model)
             raise
@@ -96,7 +103,7 @@ def load_adapter(model: Model, directory: str | os.PathLike[str], adapter_name: 
         with activated(model, name):
             if not new:
                 check_same_settings(state.config, _with_own(config, state.config, (*_RUN_SETTINGS, *_START_SETTINGS)))
-            _load_weights(base, state, folder)
+            _load_weights(base, state, folder, description)
     except BaseException:
         if new:
             delete_adapter(model, name)
@@ -131,6 +138,9 @@ def read_description(folder: Path) -> dict[str, Any]:
         and isinstance(labels.get("problem_type"), str | None)
     ):
         raise AdapterFileError(f"{path} has no valid 'labels'")
+    for name, is_valid in (("parts", are_parts), ("tied", are_tied), ("base_checksums", are_checksums)):
+        if not is_valid(description.get(name)):
+            raise AdapterFileError(f"{path} has no valid {name!r}")
     return description
 
 
@@ -155,40 +165,66 @@ def _with_own(config: MeftConfig, here: MeftConfig, own: tuple[str, ...]) -> Mef
     return dataclasses.replace(config, **{name: getattr(here, name) for name in own})
 
 
-def _load_weights(base: nn.Module, state: PatchState, folder: Path) -> None:
+def _load_weights(base: nn.Module, state: PatchState, folder: Path, description: dict[str, Any]) -> None:
     path = folder / WEIGHTS_NAME
-    names = saved_names(base, state)
     found = read_tensors(path)
-    if missing := sorted(names.keys() - found.keys()):
-        raise AdapterFileError(f"{path} lacks {len(missing)} tensors, {missing[0]} among them")
+    parts = description.get("parts") or {}
+    names = saved_names(base, state)
+    here = {plain_name(name): name for name in base.state_dict()}
+    names |= {key: here[key] for key in parts if key in here}
+    if missing := sorted((names.keys() | parts.keys()) - found.keys()):
+        raise AdapterFileError(f"{path} lacks {len(missing)} tensors that train here, {missing[0]} among them")
     if unexpected := sorted(found.keys() - names.keys()):
         raise AdapterFileError(
             f"{path} has {len(unexpected)} tensors that the model does not, {unexpected[0]} among them"
         )
+    check_tied(base, [key for key in names if not is_extra_state(key)], description.get("tied"))
     targets = dict(base.state_dict(keep_vars=True))
     for key, name in names.items():
-        if is_extra_state(key):
-            try:
-                base.get_submodule(name.rpartition(".")[0]).check(found[key])  # type: ignore[operator]
-            except PatchError as error:
-                raise AdapterFileError(f"{path}: {error}") from error
-        elif found[key].shape != targets[name].shape:
-            rows = found[key].shape[0] if found[key].dim() else 0
-            head = ".meft." not in key and found[key].shape[1:] == targets[name].shape[1:]
-            raise AdapterFileError(
-                f"{path}: {key} is {tuple(found[key].shape)}, the model's {tuple(targets[name].shape)}"
-                + (f": if it is a task head, load the model with num_labels={rows}" if head else "")
-            )
-        elif found[key].is_floating_point() != targets[name].is_floating_point():
-            raise AdapterFileError(f"{path}: {key} is {found[key].dtype}, the model's {targets[name].dtype}")
-        elif not torch.isfinite(found[key].float()).all():
-            raise AdapterFileError(f"{path}: {key} holds NaN or infinity")
+        _check_tensor(base, path, key, name, found[key], targets[name])
+        if parts.get(key) and not isinstance(targets[name], nn.Parameter):
+            raise AdapterFileError(f"{folder / CONFIG_NAME} says that {key} trains, which is no parameter")
+    # Nothing was changed so far, and nothing can fail from here on.
+    frozen = [key for key, trains in parts.items() if not trains]
+    other = [key for key in frozen if state.inactive and not _is_equal(targets[names[key]], found[key])]
+    adopt(base, state, [names[key] for key, trains in parts.items() if trains or key in other])
+    state.brought = tuple(dict.fromkeys((*state.brought, *(names[key] for key in frozen if key not in other))))
     with torch.no_grad():
         for key, name in names.items():
             if is_extra_state(key):
                 base.get_submodule(name.rpartition(".")[0]).set_extra_state(found[key])
             else:
                 targets[name].copy_(_placed_like(targets[name], found[key]))
+    for key, trains in parts.items():
+        if trains:
+            targets[names[key]].requires_grad_(True)
+
+
+def _check_tensor(base: nn.Module, path: Path, key: str, name: str, found: torch.Tensor, target: torch.Tensor) -> None:
+    if is_extra_state(key):
+        try:
+            base.get_submodule(name.rpartition(".")[0]).check(found)  # type: ignore[operator]
+        except PatchError as error:
+            raise AdapterFileError(f"{path}: {error}") from error
+    elif found.shape != target.shape:
+        rows = found.shape[0] if found.dim() else 0
+        way_out = ""
+        if target.shape[:1] == (embedding_rows(base),) and found.shape[1:] == target.shape[1:]:
+            way_out = f": if tokens were added, call model.resize_token_embeddings({rows}) first"
+        elif f".{ADAPTERS}." not in key and found.shape[1:] == target.shape[1:]:
+            way_out = f": if it is a task head, load the model with num_labels={rows}"
+        raise AdapterFileError(f"{path}: {key} is {tuple(found.shape)}, the model's {tuple(target.shape)}{way_out}")
+    elif found.is_floating_point() != target.is_floating_point() or (
+        found.itemsize == 1 and found.dtype != target.dtype  # eight bits are no rounding of more
+    ):
+        raise AdapterFileError(f"{path}: {key} is {found.dtype}, the model's {target.dtype}")
+    elif not torch.isfinite(found.float()).all():
+        raise AdapterFileError(f"{path}: {key} holds NaN or infinity")
+
+
+def _is_equal(target: torch.Tensor, found: torch.Tensor) -> bool:
+    whole = target.full_tensor() if isinstance(target, DTensor) else target
+    return torch.equal(whole, found.to(whole.device, whole.dtype))
 
 
 def _placed_like(target: torch.Tensor, source: torch.Tensor) -> torch.Tensor:

@@ -19,10 +19,10 @@ from torch.distributed.tensor import DTensor
 from ..errors import PatchError
 from ..state import require_state, unwrap
 from ..switching import activated
-from ..targets import is_peft
-from .base_model import describe_base, describe_labels, fingerprint
+from .base_model import checksums, describe_base, describe_labels, fingerprint, frozen_tensors
 from .card import model_card
-from .files import CARD_NAME, CONFIG_NAME, FORMAT, WEIGHTS_NAME, saved_names, write_whole
+from .files import CARD_NAME, CONFIG_NAME, FORMAT, WEIGHTS_NAME, brought_names, is_extra_state, saved_names, write_whole
+from .parts import parts, tied
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +34,11 @@ def save_adapter(
     adapter_name: str | None = None,
     state_dict: Mapping[str, torch.Tensor] | None = None,
 ) -> None:
-    """Write an adapter, and the modules trained with it, to a folder; the backbone is not copied.
+    """Write an adapter, and all that trains with it, to a folder; the backbone is not copied.
+
+    What trains with it are the task head or ``modules_to_save``, and every other parameter of the model that was made
+    trainable (norms, biases). Where the model's vocabulary is not of the published model's size, its embeddings go into
+    the folder as well.
 
     Beside the weights and the settings, a model card (``README.md``) makes the folder ready for the hub; one that is
     there already is kept. With several processes all may call this, and under FSDP2 all must; the first one writes.
@@ -46,7 +50,8 @@ def save_adapter(
         state_dict: where to take the weights from instead of the model (gathered from other processes, say).
 
     Raises:
-        PatchError: the model is not patched, or has no adapters, or none of this name.
+        PatchError: the model is not patched, or has no adapters, or none of this name; or another is asked for than the
+            active one, and parameters were made trainable after it was added.
         OSError: the folder cannot be written.
     """
     state = require_state(model)
@@ -57,11 +62,14 @@ def save_adapter(
             raise PatchError(
                 "there are no adapters to save (adapters='none'): save a PEFT model with its own save_pretrained"
             )
-        _warn_of_unsaved(base, names.values())
+        trained = frozenset(names)
+        names |= brought_names(base, state)
+        _warn_of_pefts(base, names.values())
         tensors = base.state_dict(keep_vars=True) if state_dict is None else state_dict
         if missing := [name for name in names.values() if name not in tensors]:
             raise PatchError(f"state_dict lacks {len(missing)} of the adapter's tensors, {missing[0]} among them")
         weights = {key: _whole(tensors[name]) for key, name in names.items()}
+        frozen = frozen_tensors(base, names.values())
         lam, beta = state.config.coefficients
         description = {
             "format_version": FORMAT,
@@ -71,7 +79,10 @@ def save_adapter(
             # With the coefficients that the config left to this version's defaults.
             "config": dataclasses.replace(state.config, lam=lam, beta=beta).to_dict(),
             "labels": describe_labels(base),
-            "base_fingerprint": fingerprint(base, names.values()),
+            "parts": parts(base, state, names),
+            "tied": tied(base, names),
+            "base_fingerprint": fingerprint(frozen),
+            "base_checksums": checksums(frozen),
         }
     if not writes():
         return
@@ -80,8 +91,8 @@ def save_adapter(
     # The config last, so that a folder with one is complete.
     write_whole(folder / WEIGHTS_NAME, lambda path: save_file(weights, path, metadata={"format": "pt"}))
     if not (folder / CARD_NAME).exists():
-        # The calibration is in the file as well, in integers.
-        parameters = sum(tensor.numel() for tensor in weights.values() if tensor.is_floating_point())
+        # The calibration is in the file as well, and rows of the vocabulary may be.
+        parameters = sum(weights[key].numel() for key in trained if not is_extra_state(key))
         card = model_card(description, parameters)
         write_whole(folder / CARD_NAME, lambda path: path.write_text(card, encoding="utf-8"))
     text = json.dumps(description, indent=2) + "\n"
@@ -113,7 +124,7 @@ def _whole(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to("cpu", copy=True).contiguous()
 
 
-def _warn_of_unsaved(base: nn.Module, names: Iterable[str]) -> None:
+def _warn_of_pefts(base: nn.Module, names: Iterable[str]) -> None:
     saved = set(names)
     kept = {id(parameter) for name, parameter in base.named_parameters(remove_duplicate=False) if name in saved}
     left = [
@@ -121,11 +132,8 @@ def _warn_of_unsaved(base: nn.Module, names: Iterable[str]) -> None:
     ]
     if left:
         logger.warning(
-            "meft_kernels: %d trainable parameters are neither adapters nor in modules_to_save and were not saved, "
-            "%s among them%s",
+            "meft_kernels: %d trainable parameters are PEFT's and were not saved, %s among them. Save them with PEFT's "
+            "own save_pretrained, into another folder: the files have the same names",
             len(left),
             left[0],
-            ". Save PEFT's with its own save_pretrained, into another folder: the files have the same names"
-            if is_peft(base)
-            else "",
         )

@@ -32,10 +32,10 @@ class Arithmetic:
     """Whether ``couple_adapter`` may take the place of ``couple``."""
 
     def enter(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """A fresh stream equal to the hidden states, and its status (see :class:`~meft_kernels.ops.Coupled`)."""
+        """A fresh dense stream equal to the hidden states, and its status (see :class:`~meft_kernels.ops.Coupled`)."""
         hidden_states = hidden_states.detach()
         if self.fraction_bits is not None:
-            return ops.quantise(hidden_states, self.fraction_bits)
+            return ops.quantise(hidden_states.contiguous(), self.fraction_bits)
         stream = hidden_states.clone(memory_format=torch.contiguous_format)
         return stream, (~torch.isfinite(stream)).any().to(torch.int32) * ops.NON_FINITE
 
@@ -48,7 +48,7 @@ class Arithmetic:
     def checksum(self, stream: torch.Tensor) -> torch.Tensor:
         """int64 scalar that the rebuilt stream must reproduce; 0 for float streams, which only come close."""
         if self.fraction_bits is not None:
-            return stream.sum(dtype=torch.int64)
+            return ops.checksum(stream)
         return torch.zeros((), dtype=torch.int64, device=stream.device)
 
     def couple(
@@ -59,6 +59,7 @@ class Arithmetic:
         center: torch.Tensor | None,
         value_dtype: torch.dtype | None,
         inplace: bool,
+        first_row: int = 0,
     ) -> Coupled:
         """One lane forward; see :func:`meft_kernels.ops.couple`."""
         return ops.couple(
@@ -69,6 +70,7 @@ class Arithmetic:
             fraction_bits=self.fraction_bits,
             value_dtype=value_dtype,
             inplace=inplace,
+            first_row=first_row,
             impl=self.impl,
         )
 
@@ -80,6 +82,7 @@ class Arithmetic:
         remainder: torch.Tensor | None,
         center: torch.Tensor | None,
         value_dtype: torch.dtype | None,
+        first_row: int = 0,
     ) -> Uncoupled:
         """One lane back, in place; see :func:`meft_kernels.ops.uncouple`."""
         return ops.uncouple(
@@ -91,6 +94,7 @@ class Arithmetic:
             fraction_bits=self.fraction_bits,
             value_dtype=value_dtype,
             inplace=True,
+            first_row=first_row,
             impl=self.impl,
         )
 

@@ -32,6 +32,7 @@ class Probe(Arithmetic):
     fraction_bits: int | None = None
     largest: list[torch.Tensor] = field(default_factory=list)
     rms: list[torch.Tensor] = field(default_factory=list)
+    """Of every stream, the smallest of any token: one large token would hide all others in the RMS of them together."""
     fuses: ClassVar[bool] = False
 
     def enter(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -47,15 +48,17 @@ class Probe(Arithmetic):
         center: torch.Tensor | None,
         value_dtype: torch.dtype | None,
         inplace: bool,
+        first_row: int = 0,
     ) -> Coupled:
-        coupled = super().couple(a, branch, coefficient, center, value_dtype, inplace)
+        coupled = super().couple(a, branch, coefficient, center, value_dtype, inplace, first_row)
         self._note(coupled.y)
         return coupled
 
     def _note(self, stream: torch.Tensor) -> None:
         if stream.numel():
             self.largest.append(stream.abs().amax())
-            self.rms.append(stream.square().mean().sqrt())
+            rms = stream.square().mean(-1).sqrt()
+            self.rms.append(torch.where(rms > 0, rms, math.inf).amin())  # embeddings of padding are often zero
 
     def fraction_bits_for(self, at_most: int, name: str) -> int:
         """The most fraction bits that leave the streams room to grow by ``2^HEADROOM_BITS`` beyond what was met."""
@@ -67,11 +70,11 @@ class Probe(Arithmetic):
         bits = max(0, min(at_most, bits))
         rms = float(torch.stack(self.rms).min())
         noise = 2.0**-bits / math.sqrt(12)
-        if rms and noise > _COARSE * rms:
+        if noise > _COARSE * rms:
             logger.warning(
-                "meft_kernels: streams of %s range from an RMS of %.3g to a largest value of %.3g; fraction_bits=%d "
-                "resolves the smallest to %.1e of its RMS only. Fine-tuning still works, the start loss may move; "
-                "verify(model, batch) shows by how much.",
+                "meft_kernels: streams of %s range from a token with an RMS of %.3g to a largest value of %.3g; "
+                "fraction_bits=%d resolves that token to %.1e of its RMS only. Fine-tuning still works, the start loss "
+                "may move; verify(model, batch) shows by how much.",
                 name,
                 rms,
                 largest,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -34,6 +34,9 @@ class Layer(Protocol):
     @property
     def plan(self) -> Plan:
         """The layer's two lanes."""
+
+    def with_adapters(self) -> AbstractContextManager[None]:
+        """For a block, adapters are in force, also where this thread leaves them out of new passes."""
 
     def has(self, branch: Branch) -> bool:
         """Whether the branch computes anything (a bare adapter may have been left out)."""
@@ -99,11 +102,11 @@ class Call:
 
     @contextmanager
     def again(self) -> Iterator[None]:
-        """A recompute's surroundings: autocast as in forward, and gradients recorded.
+        """A recompute's surroundings: adapters and autocast as in forward, and gradients recorded.
 
         Not for the backward through it, whose products autocast would round.
         """
-        with self.tape.autocast.restored(), torch.enable_grad():
+        with self.layer.with_adapters(), self.tape.autocast.restored(), torch.enable_grad():
             yield
 
     def differentiate(

@@ -165,6 +165,7 @@ class LanePass:
             tile.of(center) if self.lane.centered else None,
             value_dtype,
             inplace,
+            tile.first_row(a.shape),
         )
 
     def _noted(self, coupled: list[Coupled]) -> torch.Tensor:
@@ -259,6 +260,7 @@ class LanePass:
             self.remainders.take(number),
             tile.of(given.center) if lane.centered else None,
             None,
+            tile.first_row(given.y.shape),
         ).checksum
 
     def _add(self, tile: Tile, given: Undoing, dx: torch.Tensor | None) -> None:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
-import types
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import torch
@@ -14,9 +13,10 @@ from torch import nn
 from ..adapters import Adapter, FfnTap, FusedBranch
 from ..architectures import LayerSpec
 from ..config import MeftConfig
-from ..errors import ReversibleUsageError, UnsupportedModelError
+from ..errors import UnsupportedModelError
 from ..notices import warn_once
 from .arguments import caches_in, without_cache
+from .bound import BoundForward
 from .compiling import compiled_for, why_not_compiled
 from .pieces import AttentionInPieces, Seeds, why_whole
 from .replay import seeded
@@ -39,7 +39,13 @@ class Stack(Protocol):
     plan: Plan
     config: MeftConfig
     in_turn: bool
-    bypassed: bool
+
+    @property
+    def bypassed(self) -> bool:
+        """Whether this thread calls the pretrained layers as they were."""
+
+    def bypass(self, bypassed: bool = True) -> AbstractContextManager[None]:
+        """Whether this thread does so, for a block."""
 
     def run(
         self, layer: PatchedLayer, hidden_states: torch.Tensor, kwargs: dict[str, Any]
@@ -50,7 +56,7 @@ class Stack(Protocol):
         """Forget the pass under way."""
 
 
-class PatchedLayer:
+class PatchedLayer(BoundForward):
     """Stands in for one layer's ``forward``."""
 
     def __init__(
@@ -61,20 +67,13 @@ class PatchedLayer:
         adapter: Adapter | None,
         tap: FfnTap | None,
     ) -> None:
+        super().__init__(module)
         self.stack = stack
-        self.module = module
         self.index = index
         self.name = f"{stack.name}.{index}"
         self.adapter = adapter
         self.tap = tap
         self._blocks_checked = False
-        self._instance_forward = vars(module).get("forward")  # another library's, bound before ours
-        # The class's own names: an instance's forward may be somebody's `(*args, **kwargs)`.
-        self._parameters = [
-            parameter.name
-            for parameter in inspect.signature(type(module).forward).parameters.values()
-            if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)
-        ][1:]
 
     @property
     def spec(self) -> LayerSpec:
@@ -83,27 +82,6 @@ class PatchedLayer:
     @property
     def plan(self) -> Plan:
         return self.stack.plan
-
-    @property
-    def original(self) -> Callable[..., Any]:
-        """The layer's forward as it was. Looked up and not stored: a pickled bound method would come back as ours."""
-        return self._instance_forward or types.MethodType(type(self.module).forward, self.module)
-
-    def bind(self) -> None:
-        """Put this object in the place of the layer's ``forward``."""
-        self.module.forward = self
-
-    @property
-    def is_bound(self) -> bool:
-        """Whether the layer's ``forward`` is this object, and nobody's wrapper around it."""
-        return vars(self.module).get("forward") is self
-
-    def unbind(self) -> None:
-        """Give the layer its own ``forward`` back."""
-        if self._instance_forward is None:
-            del self.module.forward
-        else:
-            self.module.forward = self._instance_forward
 
     @property
     def adapters(self) -> dict[str, Adapter]:
@@ -116,18 +94,14 @@ class PatchedLayer:
         getattr(self.module, ADAPTERS).update(adapters)
         self.adapter, self.tap.adapter = adapters["stream"], adapters["ffn"]
 
-    @property
-    def __signature__(self) -> inspect.Signature:
-        return inspect.signature(self.original)
-
     @torch.compiler.disable  # a compiled forward and an eager recompute would differ in their bits
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The layer's call, its arguments by name: their order differs between families and versions."""
+        """The layer's call."""
         if self.stack.bypassed:
             return self.original(*args, **kwargs)
         if len(args) > len(self._parameters):
             raise TypeError(f"{self.name} got {len(args)} positional arguments, it takes {len(self._parameters)}")
-        kwargs.update(zip(self._parameters, args, strict=False))
+        kwargs = self.by_name(args, kwargs)
         hidden_states = kwargs.pop(self._parameters[0])
         try:
             if self.tap is not None:
@@ -173,7 +147,7 @@ class PatchedLayer:
         """
         if not self.stack.in_turn:
             return True
-        call = without_cache({**dict(zip(self._parameters, args, strict=False)), **kwargs})
+        call = without_cache(self.by_name(args, kwargs))
         attended, extras = _split(self.spec.attention_block(self.module, call.pop(self._parameters[0]), **call))
         rebuilt = self.spec.mlp_block(self.module, attended, **call)
         expected, expected_extras = _split(output)
@@ -231,7 +205,6 @@ class PatchedLayer:
             position biases): None where that is hidden states alone, and not a tuple with nothing else in it.
         """
         if branch == "layer":
-            self._refuse_bypass()
             return _split(self._call(self.original, hidden_states, kwargs))
         extras: tuple[Any, ...] | None = None
         if self.mixes(branch):
@@ -240,12 +213,10 @@ class PatchedLayer:
 
     def mix(self, hidden_states: torch.Tensor, kwargs: dict[str, Any]) -> tuple[torch.Tensor, tuple[Any, ...] | None]:
         """What the branch begins with: the layer's attention block; and what else the layer returns."""
-        self._refuse_bypass()
         return _split(self._call(self.spec.attention_block, hidden_states, kwargs))
 
     def rows(self, branch: Branch, hidden_states: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:
         """The rest of the branch, which computes every row for itself."""
-        self._refuse_bypass()
         if branch in ("layer", "mlp"):
             return self._call(self.spec.mlp_block, hidden_states, kwargs)
         if self.adapter is None:
@@ -253,12 +224,9 @@ class PatchedLayer:
         adapted = self.adapter(hidden_states)
         return adapted if branch == "adapter" else hidden_states + adapted
 
-    def _refuse_bypass(self) -> None:
-        if self.stack.bypassed:
-            raise ReversibleUsageError(
-                f"backward through {self.name} under disable_adapter, of a forward that had the adapters: leave the "
-                "with block first"
-            )
+    def with_adapters(self) -> AbstractContextManager[None]:
+        """For a block, what a recompute finds: a pass has its adapters, wherever its backward runs."""
+        return self.stack.bypass(False)
 
     def _call(self, function: Callable[..., Any], hidden_states: torch.Tensor, kwargs: dict[str, Any]) -> Any:
         """A piece of the pretrained layer, compiled if that was asked for.

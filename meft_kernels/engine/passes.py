@@ -14,6 +14,7 @@ from ..errors import ReversibleUsageError
 from ..notices import warn_once
 from .arguments import caches_in, differentiable, without_cache
 from .arithmetic import Arithmetic
+from .between import Seam, check_graph, hand_on, hooks_between, may_look, take_up
 from .layer import PatchedLayer
 from .refusals import refuse_checkpointing, refuse_filled_cache
 from .remainders import HostMemory
@@ -57,10 +58,25 @@ class Pass:
     other: torch.Tensor
     main: torch.Tensor
     handed_on: torch.Tensor
-    """What the layer before returned: ``main``, or the read-out where hidden states were asked for."""
+    """What the layer before returned: ``main``, or the read-out where somebody may look."""
     version: int | None
     graph: bool = False
     """Whether plain autograd has taken over, as it does above the reversible layers."""
+    seam: Seam | None = None
+    """What brought the read-out about, if that was handed on."""
+    watched: bool = False
+    """Whether others than the layers and transformers may have got hold of it."""
+
+
+@dataclass(frozen=True)
+class Way:
+    """How a call of the model runs its pass, whatever other threads do to the stack meanwhile."""
+
+    arithmetic: Arithmetic
+    observer: Observer | None = None
+    wants_hidden_states: bool = False
+    drops: bool = False
+    """Whether the model leaves out layers at random."""
 
 
 class Passes:
@@ -77,16 +93,25 @@ class Passes:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(state["_stack"])  # type: ignore[misc]
 
-    def begin(self, *, wants_hidden_states: bool) -> None:
+    def begin(self, way: Way) -> None:
         """A call of the model begins: nothing is left of an earlier one that did not reach its end."""
         self.abandon()
-        self._local.wants_hidden_states = wants_hidden_states
+        self._local.way = way
 
-    def end(self) -> Pass | None:
-        """A call of the model has ended: the pass that is still under way, if any."""
-        current: Pass | None = getattr(self._local, "current", None)
+    def end(self) -> None:
+        """A call of the model has ended."""
         self.abandon()
-        return current
+        self._local.way = None
+
+    @property
+    def current(self) -> Pass | None:
+        """The pass under way in this thread."""
+        return getattr(self._local, "current", None)
+
+    @property
+    def way(self) -> Way | None:
+        """How the call under way in this thread runs."""
+        return getattr(self._local, "way", None)
 
     def abandon(self) -> None:
         """Forget the pass under way, if any."""
@@ -108,7 +133,7 @@ class Passes:
             step = Step(layer, current.tape, kwargs, [])
             current.main = step.forward(hidden_states, recording=False)
             extras = step.extras.take()
-        elif self._keeps_activations(layer, kwargs):
+        elif current.graph or self._keeps_activations(layer, kwargs):
             if not current.graph:
                 current.tape, current.graph = current.tape.fork(), True
             step = Step(layer, current.tape, kwargs, [])
@@ -120,24 +145,35 @@ class Passes:
             step = Step(layer, current.tape, without_cache(detached), leaves)
             current.other, current.main, *made = Reversible.apply(step, current.other, hidden_states, *tensors)
             extras = step.extras.take(made)
-            if self._stack.observer is not None:
-                self._stack.observer.saved(layer.index, step.saved_bytes)
+            if current.tape.observer is not None:
+                current.tape.observer.saved(layer.index, step.saved_bytes)
         if layer is self._stack.layers[-1]:
             self.abandon()
             self._stack.check(current.tape)
             return Exit.apply(current.other, current.main, current.tape), extras
         current.next_index = layer.index + 1
-        current.handed_on = current.main
-        if drops or getattr(self._local, "wants_hidden_states", False):
-            # A stream alone is not what the model's layer would have returned: meft2's main one lags by a layer. With
-            # LayerDrop any layer may turn out to have been the last.
-            current.handed_on = Exit.apply(current.other, current.main, current.tape)
-        current.version = version_of(current.handed_on)
+        self._hand_on(current, layer, drops)
         return current.handed_on, extras
+
+    def _hand_on(self, current: Pass, layer: PatchedLayer, drops: bool) -> None:
+        """Choose what the layer returns: its main stream, or the read-out."""
+        following = self._stack.layers[current.next_index - self._stack.first]
+        hooks = hooks_between(layer, following)
+        current.watched = may_look(layer, following, hooks)
+        way = self.way
+        # With LayerDrop any layer may turn out to have been the last. FSDP's hooks must run before any of a layer's
+        # backward, and that of a graph begins with either stream.
+        asked = way is not None and way.wants_hidden_states
+        seam = current.watched or drops or asked or (current.graph and bool(hooks))
+        current.seam = Seam(current.tape, layer.name) if seam else None
+        current.handed_on = (
+            current.main if current.seam is None else hand_on(current.seam, current.other, current.main, current.tape)
+        )
+        current.version = version_of(current.handed_on)
 
     def _pass_at(self, layer: PatchedLayer, hidden_states: torch.Tensor, drops: bool) -> Pass:
         """The pass that this call goes on with, or begins."""
-        current: Pass | None = getattr(self._local, "current", None)
+        current = self.current
         if current is None and (layer.index == self._stack.first or drops):
             return self._start(hidden_states)
         if current is None or not (layer.index == current.next_index or (drops and layer.index > current.next_index)):
@@ -152,10 +188,26 @@ class Passes:
                 "it when patch is called)"
             )
         self._check_untouched(current, layer, hidden_states)
+        self._take_up(current, layer, hidden_states)
         return current
 
+    @staticmethod
+    def _take_up(current: Pass, layer: PatchedLayer, given: torch.Tensor) -> None:
+        """The carriers for the layer, by way of the tensor that it was given: what stands in the graph has its turn."""
+        if not torch.is_grad_enabled():
+            return
+        if given is not current.handed_on:
+            check_graph(layer.name, given, current.handed_on)
+        if current.seam is None:
+            current.main = given
+        elif given.requires_grad:
+            current.other, current.main = take_up(current.seam, given, current.main, current.tape)
+
     def _start(self, hidden_states: torch.Tensor) -> Pass:
-        if self._stack.arithmetic is None:
+        way = self.way
+        if way is None and self._stack.arithmetic is not None:
+            way = Way(self._stack.arithmetic, self._stack.observer)
+        if way is None:
             raise ReversibleUsageError(
                 f"{self._stack.name} was called without its model, so fraction_bits could not be calibrated: call "
                 "model(**batch) or meft_kernels.calibrate(model, batch) once, or pass fraction_bits to patch"
@@ -167,13 +219,14 @@ class Passes:
         hidden_states = hidden_states.contiguous()  # the streams are cut into tiles, whatever embeddings were made of
         tape = Tape.start(
             hidden_states,
-            arithmetic=self._stack.arithmetic,
+            arithmetic=way.arithmetic,
             readout=self._stack.plan.readout,
             seed=draw_seed() if torch.is_grad_enabled() or self._trains_anywhere() else None,
-            observer=self._stack.observer,
+            observer=way.observer,
             counts=self._stack.counts,
             host=self._stack.host,
             inplace_gradients=self._stack.config.inplace_gradients,
+            check_layers=self._stack.config.check == "layer",
         )
         if torch.is_grad_enabled():
             self._stack.counts.last_tokens = hidden_states.shape[:-1].numel()
@@ -188,18 +241,23 @@ class Passes:
 
     @staticmethod
     def _check_untouched(current: Pass, layer: PatchedLayer, hidden_states: torch.Tensor) -> None:
-        main = current.handed_on
+        handed_on = current.handed_on
         # Not `is`: FSDP and others pass tensors through an identity Function of their own.
         same = (
-            hidden_states.data_ptr() == main.data_ptr()
-            and hidden_states.shape == main.shape
-            and hidden_states.dtype == main.dtype
+            hidden_states.data_ptr() == handed_on.data_ptr()
+            and hidden_states.shape == handed_on.shape
+            and hidden_states.stride() == handed_on.stride()
+            and hidden_states.dtype == handed_on.dtype
             and current.version == version_of(hidden_states)
         )
+        if same and current.version is None and current.watched:  # torch.inference_mode counts no writes
+            same = torch.equal(hidden_states, current.tape.read_out())
         if not same:
             raise ReversibleUsageError(
                 f"the hidden states that {layer.name} got are not those that the layer before returned: a hook or the "
-                "model's own code changed them between two reversible layers, which the inverse cannot know"
+                "model's own code changed them between two reversible layers, which the inverse cannot know. Hooks "
+                "there may read; one that writes (steering) belongs on a module inside of a layer, before the first "
+                "patched layer (frozen_layers moves it up) or behind the last"
             )
 
     def _keeps_activations(self, layer: PatchedLayer, kwargs: dict[str, Any]) -> bool:

@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
 
 from ..architectures import find_architecture
 from ..architectures.found import FoundLayers
@@ -25,18 +24,20 @@ from .arithmetic import Arithmetic
 from .calibration import MAX_CALIBRATED_BITS, Probe
 from .layer import PatchedLayer
 from .norms import lean_norms
-from .passes import Passes
+from .owner import BoundOwner, OwnerCall
+from .passes import Passes, Way
 from .refusals import asked_for, refuse_outputs, refuse_replica
 from .remainders import HostMemory
 from .replay import seeded
 from .tape import Counts, Observer, Tape
+from .threads import Gate, Switch, Turn
 from .variants import make_plan
 
 
 class ReversibleStack:
     """The patched layers of one ``nn.ModuleList`` and the state of the forward passes through them."""
 
-    def __init__(self, target: LayerList, config: MeftConfig) -> None:
+    def __init__(self, target: LayerList, config: MeftConfig, gate: Gate | None = None) -> None:
         self.owner = target.owner
         """The model whose forward loops over the layers."""
         self.name = target.name
@@ -54,14 +55,16 @@ class ReversibleStack:
         self.layers: list[PatchedLayer] = []
         self.arithmetic: Arithmetic | None
         """None until the first batch has chosen ``fraction_bits``."""
-        self.bypassed = False
-        """Whether calls go to the pretrained layers as they were, adapters left out."""
+        self.gate = gate or Gate()
+        """For all stacks of a model: passes go through, whoever changes what they read waits for them."""
+        self._switch = Switch()
+        self._calibrating = Turn()
         self.observer: Observer | None = None
         self.counts = Counts()
         self.host = HostMemory() if config.remainders == "host" else None
         """Where remainders wait between forward and backward, None for the device itself."""
-        self.max_bits = MAX_CALIBRATED_BITS
-        """Calibration goes no finer; lowered when streams overflowed what it had chosen."""
+        self.max_bits: int | None = None
+        """Calibration goes no finer, where streams have overflowed what it had chosen."""
         self.passes = Passes(self)
         self.arithmetic = self.given_arithmetic(config)
         rows = config.tile if isinstance(config.tile, int) else None
@@ -70,10 +73,8 @@ class ReversibleStack:
         self._norms = lean_norms(self.owner, rows, outside=compiled) if config.lean_norms else []
         for norm in self._norms:
             norm.bind()
-        self._handles = [
-            self.owner.register_forward_pre_hook(self._before_forward, with_kwargs=True),
-            self.owner.register_forward_hook(self._after_forward, always_call=True),
-        ]
+        self._bound = BoundOwner(self, self.owner)
+        self._bound.bind()
 
     def __getstate__(self) -> dict[str, Any]:
         # For copy.deepcopy and pickle: a spec's callables need not be importable, and the reader of a pickle has
@@ -109,12 +110,10 @@ class ReversibleStack:
                 layer.tap.remove()
         for norm in self._norms:
             norm.unbind()
-        for handle in self._handles:
-            handle.remove()
+        self._bound.release()
         # Break the cycles, so that `del model` frees its memory at once.
         del self.passes
         self.layers.clear()
-        self._handles.clear()
         self._norms.clear()
 
     @staticmethod
@@ -127,20 +126,25 @@ class ReversibleStack:
     def take_up(self, config: MeftConfig, arithmetic: Arithmetic | None) -> None:
         """Go on with another adapter's settings and calibration."""
         self.abandon()
-        self.config, self.arithmetic, self.max_bits = config, arithmetic, MAX_CALIBRATED_BITS
+        self.config, self.arithmetic, self.max_bits = config, arithmetic, None
 
     def abandon(self) -> None:
         """Forget the pass under way, if any."""
         self.passes.abandon()
 
+    @property
+    def bypassed(self) -> bool:
+        """Whether this thread's calls go to the pretrained layers as they were, adapters left out."""
+        return self._switch.bypassed
+
     @contextmanager
-    def bypass(self) -> Iterator[None]:
-        """Run a block on the pretrained model as it was before patching."""
-        before, self.bypassed = self.bypassed, True
+    def bypass(self, bypassed: bool = True) -> Iterator[None]:
+        """For a block, have this thread use the pretrained model as it was before patching, or as patched again."""
+        before, self._switch.bypassed = self._switch.bypassed, bypassed
         try:
             yield
         finally:
-            self.bypassed = before
+            self._switch.bypassed = before
 
     def run(
         self, layer: PatchedLayer, hidden_states: torch.Tensor, kwargs: dict[str, Any]
@@ -157,41 +161,57 @@ class ReversibleStack:
                 raise StreamOverflowError(
                     f"{error} Patch with a smaller fraction_bits than {self.config.fraction_bits}."
                 ) from None
-            self.max_bits = max(0, (tape.arithmetic.fraction_bits or 0) - 2)
+            fewer = max(0, (tape.arithmetic.fraction_bits or 0) - 2)
+            self.max_bits = fewer if self.max_bits is None else min(fewer, self.max_bits)
             self.arithmetic = None
             raise StreamOverflowError(
                 f"{error} fraction_bits will be calibrated anew on the next forward, to {self.max_bits} at most: "
-                "repeat this batch or go on with the next."
+                "repeat this batch or go on with the next. To resume from a checkpoint in another process, patch with "
+                f"fraction_bits={self.max_bits}."
             ) from None
 
-    @torch.compiler.disable
-    def _before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self.bypassed:
-            return
-        if self.spec.read_between:  # by the model around it, from which they have their gradients
-            self.passes.begin(wants_hidden_states=True)
-            looked_at = {**kwargs, "output_hidden_states": False}
-        else:
-            self.passes.begin(wants_hidden_states=asked_for("output_hidden_states", module, kwargs))
-            looked_at = kwargs
-        refuse_replica(module)
-        refuse_partitioned(self.layers[0].module, self.name)
-        refuse_outputs(module, looked_at, reversible=self.reversible_end > self.first, first=self.first)
-        if self.arithmetic is None:
-            self.calibrate(args, kwargs)
+    def begin(self, call: OwnerCall) -> None:
+        """A call of the owner begins: refuse what cannot be, calibrate if nobody has."""
+        self.gate.enter()
+        try:
+            refuse_replica(self.owner)
+            refuse_partitioned(self.layers[0].module, self.name)
+            between = self.spec.read_between  # by the model around it, from which they have their gradients
+            looked_at = {**call.named, "output_hidden_states": False} if between else call.named
+            refuse_outputs(self.owner, looked_at, reversible=self.reversible_end > self.first, first=self.first)
+            self.passes.begin(
+                Way(
+                    self.arithmetic or self.calibrate(call),
+                    self.observer,
+                    wants_hidden_states=between or asked_for("output_hidden_states", self.owner, call.named),
+                    drops=self.layerdrop and self.owner.training,
+                )
+            )
+        except BaseException:
+            self.leave()
+            raise
 
-    @torch.compiler.disable
-    def _after_forward(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        current = self.passes.end()
-        if current is None or output is None:
+    def finish(self, returned: Any) -> None:
+        """A call of the owner has returned this.
+
+        Raises:
+            ReversibleUsageError: some of the layers were not called.
+            NonFiniteError, StreamOverflowError: as :meth:`check`, where the last layer was left out at random.
+        """
+        current, way = self.passes.current, self.passes.way
+        if current is None or way is None or returned is None:
             return
-        if self.layerdrop and module.training:
-            self.check(current.tape)
-        else:
+        if not way.drops:
             raise ReversibleUsageError(
                 f"the model returned before {self.layers[-1].name}, so the streams were never read out (a smaller "
                 "config.num_hidden_layers, or an early exit)"
             )
+        self.check(current.tape)
+
+    def leave(self) -> None:
+        """A call of the owner has ended, whichever way."""
+        self.passes.end()
+        self.gate.leave()
 
     def reset_calibration(self) -> None:
         """Have the next forward choose ``fraction_bits`` anew.
@@ -206,28 +226,40 @@ class ReversibleStack:
         if self.config.arithmetic == "exact":
             self.arithmetic = None
 
-    def set_fraction_bits(self, fraction_bits: int) -> None:
-        """Use these, calibrated elsewhere."""
+    def set_fraction_bits(self, fraction_bits: int) -> int:
+        """Use these, calibrated elsewhere; fewer, if streams overflowed here or the settings say so. Returns them."""
+        limits = (self.config.fraction_bits, self.max_bits)
+        fraction_bits = min([fraction_bits, *(limit for limit in limits if limit is not None)])
         self.arithmetic = Arithmetic(fraction_bits, self.config.impl)
+        return fraction_bits
 
-    def calibrate(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def calibrate(self, call: OwnerCall) -> Arithmetic:
         """Choose ``fraction_bits`` from one forward of the owner in float32 streams, which leaves no trace.
+
+        Where several threads come to it at once, the first one's choice is everybody's.
 
         Raises:
             NonFiniteError: the model gives NaN or infinities on these inputs; names the layer.
         """
-        kwargs = {**kwargs, **copy.deepcopy(caches_in(kwargs))}
-        probe = Probe(impl=self.config.impl)
-        before = self.arithmetic, self.observer
-        self.arithmetic, self.observer = probe, None
+        with self._calibrating:
+            arithmetic = self.arithmetic
+            if arithmetic is None:
+                probe = Probe(impl=self.config.impl)
+                self._probe(probe, call)
+                at_most = MAX_CALIBRATED_BITS if self.max_bits is None else min(self.max_bits, MAX_CALIBRATED_BITS)
+                arithmetic = Arithmetic(probe.fraction_bits_for(at_most, self.name), self.config.impl)
+                self.arithmetic = arithmetic
+            return arithmetic
+
+    def _probe(self, probe: Probe, call: OwnerCall) -> None:
+        """Run the probe's pass; it is this thread's alone."""
         training = self.owner.training
+        self.passes.begin(Way(probe))
         try:
             if self.layerdrop:
                 self.owner.training = False  # the owner's own switch: no layer may be left out, dropout stays as it is
             with torch.no_grad(), seeded(0, next(self.owner.parameters()).device):
-                self.owner.forward(*args, **kwargs)
+                call.repeat(copy.deepcopy(caches_in(call.named)))
         finally:
             self.owner.training = training
-            self.arithmetic, self.observer = before
-            self.abandon()
-        self.arithmetic = Arithmetic(probe.fraction_bits_for(self.max_bits, self.name), self.config.impl)
+            self.passes.end()

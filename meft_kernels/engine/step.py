@@ -166,6 +166,7 @@ class Step:
             y, center, dy, d_center = center, y, d_center, dy
             owns_dy, owns_center = owns_center, owns_dy
             center_value = value
+        tape.check_undone(self.call.inputs, gradients)
         # two undone lanes leave (y, center) = (x2, x1)
         tape.x1, tape.x2, tape.position = center, y, self.position
         if tape.observer is not None:

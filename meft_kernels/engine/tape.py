@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import copy
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
+import torch.distributed as dist
 
 from .. import ops
 from ..errors import NonFiniteError, NotRepeatableError, StreamOverflowError
@@ -54,7 +57,7 @@ class Tape:
     x1: torch.Tensor
     x2: torch.Tensor
     checksums: tuple[torch.Tensor, torch.Tensor]
-    """Of x1 and x2 as they are now; order-free integer sums."""
+    """Of x1 and x2 as they are now, in whatever tiles they were moved; see :func:`~meft_kernels.ops.checksum`."""
     position: int = 0
     """How many layers the streams have passed; -1 once the tape cannot be used any more."""
     observer: Observer | None = None
@@ -72,7 +75,12 @@ class Tape:
     """Gradients on their way from one layer's backward to the next one's."""
     first_recorded: int | None = None
     """Position of the lowest layer that backward will reach."""
+    check_layers: bool = False
+    """Whether a layer's rebuilt streams are compared before its gradients are handed on."""
+    suspect: torch.Tensor | None = None
+    """Whether any stream has come back different so far; kept on the device, where other processes train along."""
     _check_queued: bool = False
+    _compared: bool = False
 
     @classmethod
     def start(
@@ -86,6 +94,7 @@ class Tape:
         counts: Counts,
         host: HostMemory | None = None,
         inplace_gradients: bool = True,
+        check_layers: bool = False,
     ) -> Tape:
         """Both streams set to the hidden states that enter the stack."""
         handed_down = HandedDown(enabled=inplace_gradients)
@@ -105,6 +114,7 @@ class Tape:
                 counts=counts,
                 host=host,
                 handed_down=handed_down,
+                check_layers=check_layers,
             )
         tape.statuses.append(("the hidden states that enter the reversible layers", status))
         return tape
@@ -156,7 +166,9 @@ class Tape:
         """Have :meth:`check_rebuilt` called at the end of the backward now running, however far down it goes."""
         if not self._check_queued:
             self._check_queued = True
-            torch.autograd.Variable._execution_engine.queue_callback(self.check_rebuilt)
+            queue = torch.autograd.Variable._execution_engine.queue_callback
+            # DDP has queued the end of its own reduction by then, without which it would refuse the next forward.
+            queue((lambda: queue(self.check_rebuilt)) if trains_with_others() else self.check_rebuilt)
 
     def check_rebuilt(self) -> None:
         """Raise if any stream came back different: one transfer from the device for the whole backward.
@@ -165,9 +177,51 @@ class Tape:
             NotRepeatableError: naming the first layer, in the order of backward, that did not repeat.
         """
         self._check_queued = False
-        if self.arithmetic.fraction_bits is None or not self.comparisons or self.observer is not None:
-            return  # float streams only come close; an observer compares by itself, and reports
-        comparisons, self.comparisons = self.comparisons, []
+        self._compare()
+        if self._compared:
+            self.counts.checked += 1
+            self._compared = False
+
+    def check_undone(self, inputs: Sequence[torch.Tensor], gradients: list[torch.Tensor | None]) -> None:
+        """One more layer is undone, and its ``gradients``, those of ``inputs``, have not been handed on yet.
+
+        Raises:
+            NotRepeatableError: with ``check_layers``, the layer did not repeat.
+        """
+        if self.check_layers:
+            self._compare()
+        elif self._comparable and trains_with_others():
+            self._mark(inputs, gradients)
+
+    @property
+    def _comparable(self) -> bool:
+        # float streams only come close; an observer compares by itself, and reports
+        return self.arithmetic.fraction_bits is not None and self.observer is None
+
+    def _mark(self, inputs: Sequence[torch.Tensor], gradients: list[torch.Tensor | None]) -> None:
+        """Make one gradient NaN if a stream has come back different: the others will average it before we raise.
+
+        It travels with the gradients themselves. A message of its own would have to be sent in every backward by every
+        process, and one that leaves out a backward, or this stack, would have all others wait for it.
+        """
+        if not self.comparisons:
+            return
+        # the layer's own, two at most; one of the layer before says nothing new
+        wrong = torch.stack([rebuilt != expected for _, rebuilt, expected in self.comparisons[-2:]]).any()
+        self.suspect = wrong if self.suspect is None else self.suspect | wrong
+        found = [
+            (gradient.numel(), place, gradient)
+            for place, (tensor, gradient) in enumerate(zip(inputs, gradients, strict=True))
+            if gradient is not None and isinstance(tensor, torch.nn.Parameter)
+        ]
+        if found:
+            _, place, least = min(found)
+            gradients[place] = torch.where(self.suspect, math.nan, least)
+
+    def _compare(self) -> None:
+        if not self.comparisons or not self._comparable:
+            return
+        comparisons, self.comparisons, self._compared = self.comparisons, [], True
         places, rebuilt, expected = zip(*comparisons, strict=True)
         same = (torch.stack(rebuilt) == torch.stack(expected)).tolist()
         for where, equal in zip(places, same, strict=True):
@@ -181,4 +235,8 @@ class Tape:
                     "forward and backward; a module that keeps state between calls. meft_kernels.verify(model, "
                     "batch) tells whether it persists."
                 )
-        self.counts.checked += 1
+
+
+def trains_with_others() -> bool:
+    """Whether gradients may be averaged with those of other processes before backward ends."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1

@@ -37,6 +37,14 @@ class Tile(NamedTuple):
             return tensor
         return tensor[self.texts] if self.tokens is None else tensor[self.texts, self.tokens]
 
+    def first_row(self, shape: torch.Size) -> int:
+        """Number of its first row among all of hidden states of ``shape``."""
+        if self.texts is None:
+            return 0
+        if self.tokens is None:
+            return self.texts.start * math.prod(shape[1:-1])
+        return self.texts.start * shape[1] + self.tokens.start
+
     def by_position(self, tensor: torch.Tensor) -> torch.Tensor:
         """The same of ``[batch or 1, tokens, ...]``, which may stand for every text."""
         texts = self.texts if tensor.shape[0] > 1 else None

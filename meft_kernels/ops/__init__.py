@@ -13,6 +13,7 @@ from .adapter.checks import why_not_fused
 from .adapter.types import ACTIVATIONS, AdapterWeights, UncoupledBackward
 from .coupling import library as _library  # noqa: F401  registers torch.ops.meft_kernels
 from .coupling.api import couple, reciprocal, uncouple
+from .coupling.checksum import checksum
 from .coupling.reference import dequantise, quantise
 from .coupling.types import INT_LIMIT, NON_FINITE, OVERFLOW, Coupled, Uncoupled
 
@@ -30,6 +31,7 @@ __all__ = [
     "adapter_forward",
     "adapter_uncouple",
     "adapter_uncouple_backward",
+    "checksum",
     "couple",
     "dequantise",
     "parallel_adapter",

@@ -14,6 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .coupling.checksum import FACTOR
 from .coupling.packing import GROUP
 from .coupling.types import INT_LIMIT, NON_FINITE, OVERFLOW
 
@@ -21,6 +22,7 @@ LANES = tl.constexpr(GROUP)
 LIMIT = tl.constexpr(INT_LIMIT)
 OVERFLOW_FLAG, NON_FINITE_FLAG = tl.constexpr(OVERFLOW), tl.constexpr(NON_FINITE)
 FP32_MAX = tl.constexpr(3.4028234663852886e38)
+_FACTOR = tl.constexpr(FACTOR)
 _FP32_INTEGERS = tl.constexpr(8388608.0)  # 2^23: an fp32 of this size or more has no fraction
 _INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
@@ -107,6 +109,20 @@ def store_value(value, values, offsets, mask):
     if value is not None:
         stored, _ = round_like(values, value)
         tl.store(value + offsets, stored, mask=mask)
+
+
+@triton.jit
+def place_weight(place):
+    """``coupling.checksum.weights`` of places of any integer dtype, widened; times an int32 it is one instruction."""
+    hashed = place.to(tl.int32) * _FACTOR
+    return ((hashed ^ (hashed >> 15)) | 1).to(tl.int64)
+
+
+@triton.jit
+def checksums(stream, row, column):
+    """By group of ``[groups, 8]``, what it adds to the stream's checksum; 0 where the stream is masked to 0."""
+    sums = tl.sum(stream.to(tl.int64) * place_weight(column), axis=1)
+    return sums * place_weight(~row)
 
 
 @triton.jit

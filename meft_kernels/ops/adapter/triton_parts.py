@@ -20,6 +20,7 @@ from ..kernel_parts import (
     LIMIT,
     NON_FINITE_FLAG,
     OVERFLOW_FLAG,
+    checksums,
     dot,
     floor_divide,
     load_float,
@@ -259,7 +260,7 @@ def couple_tile(
     stream_stride, center_stride, out_stride, value_stride, scale, inverse_scale, coefficient,
     EXACT: tl.constexpr, INVERSE: tl.constexpr, Q: tl.constexpr, SIGN: tl.constexpr, BITS: tl.constexpr,
 ):  # fmt: skip
-    """One tile of the coupling step; by group, the sum of the new stream (int64) and status flags.
+    """One tile of the coupling step; by group, the checksum of the new stream (int64) and status flags.
 
     The same operations in the same order as the coupling kernels.
     """
@@ -283,7 +284,7 @@ def couple_tile(
             status = tl.where((new <= -LIMIT) | (new >= LIMIT), status | OVERFLOW_FLAG, status)
         tl.store(out + row[:, None] * out_stride + column, new, mask=mask)
         store_value(value, new.to(tl.float32) * inverse_scale, row[:, None] * value_stride + column, mask)
-        sums = tl.sum(tl.where(mask, new, 0).to(tl.int64), axis=1)
+        sums = checksums(tl.where(mask, new, 0), row, column)
     else:
         new = load_float(stream, there, mask)
         if INVERSE:

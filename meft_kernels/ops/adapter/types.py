@@ -63,7 +63,7 @@ class UncoupledBackward(NamedTuple):
     value: torch.Tensor | None
     """``a`` as ``value_dtype``; None if no ``value_dtype`` was asked for."""
     checksum: torch.Tensor
-    """Sum of ``a``, int64 scalar; 0 for float streams."""
+    """Of ``a``, int64 scalar; 0 for float streams."""
     dx: torch.Tensor
     """Gradient of ``x``: ``dx_into`` where that was given, else a new tensor in the dtype of ``x``."""
     gradients: AdapterWeights

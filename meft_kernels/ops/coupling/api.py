@@ -156,6 +156,7 @@ def couple(
     fraction_bits: int | None = None,
     value_dtype: torch.dtype | None = None,
     inplace: bool = False,
+    first_row: int = 0,
     impl: Impl = "auto",
 ) -> Coupled:
     """One lane of the coupling: ``y = branch + coefficient * (a - center)``.
@@ -168,6 +169,8 @@ def couple(
         fraction_bits: k of the fixed point, 0..28; int32 streams only.
         value_dtype: dtype in which a copy of ``y`` is wanted, or None.
         inplace: write ``y`` over ``a``.
+        first_row: place of the first row in the whole, where ``a`` is some rows of a stream: the checksums of all its
+            parts then add up to that of the whole.
         impl: "auto" takes Triton on CUDA and torch elsewhere.
 
     Not differentiable: the reversible layer supplies the gradient (rounding counts as identity).
@@ -178,8 +181,8 @@ def couple(
     if torch.compiler.is_compiling():
         from . import library
 
-        return library.couple(a, branch, coefficient, center, fraction_bits, value_dtype, inplace, impl)
-    return couple_now(a, branch, coefficient, center, fraction_bits, value_dtype, inplace, impl)
+        return library.couple(a, branch, coefficient, center, fraction_bits, value_dtype, inplace, first_row, impl)
+    return couple_now(a, branch, coefficient, center, fraction_bits, value_dtype, inplace, first_row, impl)
 
 
 def couple_now(
@@ -190,6 +193,7 @@ def couple_now(
     fraction_bits: int | None,
     value_dtype: torch.dtype | None,
     inplace: bool,
+    first_row: int,
     impl: str,
 ) -> Coupled:
     """:func:`couple`, computed here and not left to a graph."""
@@ -197,11 +201,11 @@ def couple_now(
     if use_triton(impl, a, branch, center):
         from . import triton as kernels
 
-        return kernels.couple(a, branch, coefficient, exact, center, fraction_bits, value_dtype, inplace)
+        return kernels.couple(a, branch, coefficient, exact, center, fraction_bits, value_dtype, inplace, first_row)
     with torch.no_grad():
         if exact is not None and fraction_bits is not None:
             q, sign = exact
-            return reference.couple_exact(a, branch, q, sign, center, fraction_bits, value_dtype, inplace)
+            return reference.couple_exact(a, branch, q, sign, center, fraction_bits, value_dtype, inplace, first_row)
         return reference.couple_float(a, branch, coefficient, center, value_dtype, inplace)
 
 
@@ -215,6 +219,7 @@ def uncouple(
     fraction_bits: int | None = None,
     value_dtype: torch.dtype | None = None,
     inplace: bool = False,
+    first_row: int = 0,
     impl: Impl = "auto",
 ) -> Uncoupled:
     """Inverse of :func:`couple`: ``a = center + (y - branch) / coefficient``, bit for bit on int32 streams.
@@ -223,7 +228,7 @@ def uncouple(
         y: the stream that ``couple`` returned.
         branch, coefficient, center, fraction_bits: as they were given to ``couple``.
         remainder: what ``couple`` returned; None for float streams and for q = 1.
-        value_dtype, inplace, impl: as for ``couple``.
+        value_dtype, inplace, first_row, impl: as for ``couple``.
 
     Raises:
         ValueError, TypeError: arguments that do not fit together, before anything is written.
@@ -231,8 +236,10 @@ def uncouple(
     if torch.compiler.is_compiling():
         from . import library
 
-        return library.uncouple(y, branch, coefficient, remainder, center, fraction_bits, value_dtype, inplace, impl)
-    return uncouple_now(y, branch, coefficient, remainder, center, fraction_bits, value_dtype, inplace, impl)
+        return library.uncouple(
+            y, branch, coefficient, remainder, center, fraction_bits, value_dtype, inplace, first_row, impl
+        )
+    return uncouple_now(y, branch, coefficient, remainder, center, fraction_bits, value_dtype, inplace, first_row, impl)
 
 
 def uncouple_now(
@@ -244,6 +251,7 @@ def uncouple_now(
     fraction_bits: int | None,
     value_dtype: torch.dtype | None,
     inplace: bool,
+    first_row: int,
     impl: str,
 ) -> Uncoupled:
     """:func:`uncouple`, computed here and not left to a graph."""
@@ -252,9 +260,13 @@ def uncouple_now(
     if use_triton(impl, y, branch, center):
         from . import triton as kernels
 
-        return kernels.uncouple(y, branch, coefficient, exact, remainder, center, fraction_bits, value_dtype, inplace)
+        return kernels.uncouple(
+            y, branch, coefficient, exact, remainder, center, fraction_bits, value_dtype, inplace, first_row
+        )
     with torch.no_grad():
         if exact is not None and fraction_bits is not None:
             q, sign = exact
-            return reference.uncouple_exact(y, branch, q, sign, remainder, center, fraction_bits, value_dtype, inplace)
+            return reference.uncouple_exact(
+                y, branch, q, sign, remainder, center, fraction_bits, value_dtype, inplace, first_row
+            )
         return reference.uncouple_float(y, branch, coefficient, center, value_dtype, inplace)

@@ -26,9 +26,10 @@ def _couple(
     coefficient: float,
     fraction_bits: int | None,
     value_dtype: torch.dtype | None,
+    first_row: int,
     impl: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    done = api.couple_now(a, branch, coefficient, center, fraction_bits, value_dtype, False, impl)
+    done = api.couple_now(a, branch, coefficient, center, fraction_bits, value_dtype, False, first_row, impl)
     return done.y, present(done.value, a), present(done.remainder, a), done.checksum, done.status
 
 
@@ -40,9 +41,10 @@ def _couple_inplace(
     coefficient: float,
     fraction_bits: int | None,
     value_dtype: torch.dtype | None,
+    first_row: int,
     impl: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    done = api.couple_now(a, branch, coefficient, center, fraction_bits, value_dtype, True, impl)
+    done = api.couple_now(a, branch, coefficient, center, fraction_bits, value_dtype, True, first_row, impl)
     return present(done.value, a), present(done.remainder, a), done.checksum, done.status
 
 
@@ -55,9 +57,12 @@ def _uncouple(
     coefficient: float,
     fraction_bits: int | None,
     value_dtype: torch.dtype | None,
+    first_row: int,
     impl: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    undone = api.uncouple_now(y, branch, coefficient, remainder, center, fraction_bits, value_dtype, False, impl)
+    undone = api.uncouple_now(
+        y, branch, coefficient, remainder, center, fraction_bits, value_dtype, False, first_row, impl
+    )
     return undone.a, present(undone.value, y), undone.checksum
 
 
@@ -70,9 +75,12 @@ def _uncouple_inplace(
     coefficient: float,
     fraction_bits: int | None,
     value_dtype: torch.dtype | None,
+    first_row: int,
     impl: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    undone = api.uncouple_now(y, branch, coefficient, remainder, center, fraction_bits, value_dtype, True, impl)
+    undone = api.uncouple_now(
+        y, branch, coefficient, remainder, center, fraction_bits, value_dtype, True, first_row, impl
+    )
     return present(undone.value, y), undone.checksum
 
 
@@ -107,25 +115,25 @@ def _fake_couple(
 
 
 @_couple_inplace.register_fake
-def _(a, branch, center, coefficient, fraction_bits, value_dtype, impl):  # type: ignore[no-untyped-def]
+def _(a, branch, center, coefficient, fraction_bits, value_dtype, first_row, impl):  # type: ignore[no-untyped-def]
     return _fake_couple(a, branch, center, coefficient, fraction_bits, value_dtype)
 
 
 @_couple.register_fake
-def _(a, branch, center, coefficient, fraction_bits, value_dtype, impl):  # type: ignore[no-untyped-def]
+def _(a, branch, center, coefficient, fraction_bits, value_dtype, first_row, impl):  # type: ignore[no-untyped-def]
     return a.new_empty(a.shape), *_fake_couple(a, branch, center, coefficient, fraction_bits, value_dtype)
 
 
 @_uncouple_inplace.register_fake
 def _(  # type: ignore[no-untyped-def]
-    y, branch, remainder, center, coefficient, fraction_bits, value_dtype, impl
+    y, branch, remainder, center, coefficient, fraction_bits, value_dtype, first_row, impl
 ) -> tuple[torch.Tensor, torch.Tensor]:
     api.check(y, branch, center, fraction_bits, coefficient)
     return fake_value(y, value_dtype), y.new_empty((), dtype=torch.int64)
 
 
 @_uncouple.register_fake
-def _(y, branch, remainder, center, coefficient, fraction_bits, value_dtype, impl):  # type: ignore[no-untyped-def]
+def _(y, branch, remainder, center, coefficient, fraction_bits, value_dtype, first_row, impl):  # type: ignore[no-untyped-def]
     api.check(y, branch, center, fraction_bits, coefficient)
     return y.new_empty(y.shape), fake_value(y, value_dtype), y.new_empty((), dtype=torch.int64)
 
@@ -138,10 +146,11 @@ def couple(
     fraction_bits: int | None,
     value_dtype: torch.dtype | None,
     inplace: bool,
+    first_row: int,
     impl: str,
 ) -> Coupled:
     """:func:`~meft_kernels.ops.couple` as one node of a graph."""
-    arguments = (a, branch, center, float(coefficient), fraction_bits, value_dtype, impl)
+    arguments = (a, branch, center, float(coefficient), fraction_bits, value_dtype, first_row, impl)
     if inplace:
         value, remainder, checksum, status = torch.ops.meft_kernels.couple_(*arguments)
         y = a
@@ -160,10 +169,11 @@ def uncouple(
     fraction_bits: int | None,
     value_dtype: torch.dtype | None,
     inplace: bool,
+    first_row: int,
     impl: str,
 ) -> Uncoupled:
     """:func:`~meft_kernels.ops.uncouple` as one node of a graph."""
-    arguments = (y, branch, remainder, center, float(coefficient), fraction_bits, value_dtype, impl)
+    arguments = (y, branch, remainder, center, float(coefficient), fraction_bits, value_dtype, first_row, impl)
     if inplace:
         value, checksum = torch.ops.meft_kernels.uncouple_(*arguments)
         a = y

@@ -68,7 +68,7 @@ def pack(remainder: torch.Tensor, q: int) -> torch.Tensor:
         remainder = F.pad(remainder, (0, padding))
     plane = 0
     for width in part_widths(bits):
-        part = (remainder >> (8 * (plane // 8))).to(torch.uint8)  # keeps the low 8 bits
+        part = (remainder >> (8 * (plane // 8))).to(torch.uint8, memory_format=torch.contiguous_format)  # low 8 bits
         words = part.view(-1).view(torch.int64)
         if width < 8:
             words = _squeeze(words, width)

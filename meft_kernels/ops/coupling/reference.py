@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 
+from .checksum import checksum
 from .packing import pack, unpack
 from .types import INT_LIMIT, NON_FINITE, OVERFLOW, Coupled, Uncoupled
 
@@ -57,6 +58,7 @@ def couple_exact(
     fraction_bits: int,
     value_dtype: torch.dtype | None,
     inplace: bool,
+    first_row: int = 0,
 ) -> Coupled:
     """See :func:`meft_kernels.ops.couple`, int32 streams."""
     d = a - center if center is not None else a
@@ -71,7 +73,7 @@ def couple_exact(
     if inplace:
         y = a.copy_(y)
     value = None if value_dtype is None else dequantise(y, fraction_bits, value_dtype)
-    return Coupled(y, value, remainder, y.sum(dtype=torch.int64), status)
+    return Coupled(y, value, remainder, checksum(y, first_row), status)
 
 
 def uncouple_exact(
@@ -84,6 +86,7 @@ def uncouple_exact(
     fraction_bits: int,
     value_dtype: torch.dtype | None,
     inplace: bool,
+    first_row: int = 0,
 ) -> Uncoupled:
     """See :func:`meft_kernels.ops.uncouple`, int32 streams."""
     d = (y - quantise(branch, fraction_bits)[0]).mul_(sign * q)
@@ -93,7 +96,7 @@ def uncouple_exact(
         d.add_(center)
     a = y.copy_(d) if inplace else d
     value = None if value_dtype is None else dequantise(a, fraction_bits, value_dtype)
-    return Uncoupled(a, value, a.sum(dtype=torch.int64))
+    return Uncoupled(a, value, checksum(a, first_row))
 
 
 def couple_float(

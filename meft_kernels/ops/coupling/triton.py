@@ -33,6 +33,7 @@ from ..kernel_parts import (
     NON_FINITE_FLAG,
     OVERFLOW_FLAG,
     blocks,
+    checksums,
     floor_divide,
     load_float,
     on_device,
@@ -51,24 +52,18 @@ from .types import Coupled, Uncoupled
 
 
 @triton.jit
-def _tile(groups, row_groups, columns, BLOCK: tl.constexpr, FLAT: tl.constexpr, EVEN: tl.constexpr):
+def _tile(groups, row_groups, columns, BLOCK: tl.constexpr, EVEN: tl.constexpr):
     """Groups of eight neighbours that this program owns: their number, row, the columns of their elements, masks."""
-    # FLAT: every tensor is dense and no group straddles rows, so `column` is the address. EVEN: no group is cut off;
-    # the mask is then constant along a group, which lets loads be vectorised.
+    # EVEN: no group is cut off; the mask is then constant along a group, which lets loads be vectorised.
     start = tl.program_id(0).to(tl.int64) * BLOCK
     local = tl.arange(0, BLOCK)
-    lane = tl.arange(0, LANES)[None, :]
     group = start + local
     inside = group < groups
-    row = group
-    if FLAT:
-        column = group[:, None] * LANES + lane
-    else:
-        # One 64-bit division a program, 32-bit ones a group: a 64-bit division costs some hundred instructions.
-        first = start // row_groups
-        local = (start - first * row_groups).to(tl.int32) + local
-        row = first + local // row_groups
-        column = (local % row_groups).to(tl.int64)[:, None] * LANES + lane
+    # One 64-bit division a program, 32-bit ones a group: a 64-bit division costs some hundred instructions.
+    first = start // row_groups
+    local = (start - first * row_groups).to(tl.int32) + local
+    row = first + local // row_groups
+    column = (local % row_groups).to(tl.int64)[:, None] * LANES + tl.arange(0, LANES)[None, :]
     mask = inside[:, None]
     if not EVEN:
         mask = mask & (column < columns)
@@ -76,65 +71,67 @@ def _tile(groups, row_groups, columns, BLOCK: tl.constexpr, FLAT: tl.constexpr, 
 
 
 @triton.jit
-def _offsets(row, column, stride, FLAT: tl.constexpr):
+def _offsets(group, row, column, stride, FLAT: tl.constexpr):
+    """Addresses. FLAT: every tensor is dense and no group straddles rows, so a group's number says where it lies."""
     if FLAT:
-        return column
+        return group[:, None] * LANES + tl.arange(0, LANES)[None, :]
     return row[:, None] * stride + column
 
 
 # Row counts change from batch to batch and must not recompile anything; strides are properties of the model, and their
 # divisibility by 16 is what vectorises loads.
 _COUNTS = ["groups", "row_groups", "columns"]
+_EXACT_COUNTS = [*_COUNTS, "first_row"]
 
 
-@triton.jit(do_not_specialize=_COUNTS)
+@triton.jit(do_not_specialize=_EXACT_COUNTS)
 def couple_exact_kernel(
     a, branch, center, y, value, packed, totals,
     groups, row_groups, columns, a_stride, branch_stride, center_stride, y_stride, value_stride,
-    scale, inverse_scale,
+    first_row: tl.int64, scale, inverse_scale,
     Q: tl.constexpr, SIGN: tl.constexpr, BITS: tl.constexpr,
     BLOCK: tl.constexpr, FLAT: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     """Forward on int32 streams."""
-    group, inside, row, column, mask = _tile(groups, row_groups, columns, BLOCK, FLAT, EVEN)
-    values = load_float(branch, _offsets(row, column, branch_stride, FLAT), mask)
-    d = tl.load(a + _offsets(row, column, a_stride, FLAT), mask=mask, other=0)
+    group, inside, row, column, mask = _tile(groups, row_groups, columns, BLOCK, EVEN)
+    values = load_float(branch, _offsets(group, row, column, branch_stride, FLAT), mask)
+    d = tl.load(a + _offsets(group, row, column, a_stride, FLAT), mask=mask, other=0)
     if center is not None:
-        d -= tl.load(center + _offsets(row, column, center_stride, FLAT), mask=mask, other=0)
+        d -= tl.load(center + _offsets(group, row, column, center_stride, FLAT), mask=mask, other=0)
     integer, status = quantise(values, scale)
     if Q > 1:
         d, rest = floor_divide(d, Q, BITS)
         pack(packed, rest, group, groups, inside, BITS)
     new = integer + d * SIGN
     status = tl.where((new <= -LIMIT) | (new >= LIMIT), status | OVERFLOW_FLAG, status)
-    tl.store(y + _offsets(row, column, y_stride, FLAT), new, mask=mask)
-    store_value(value, new.to(tl.float32) * inverse_scale, _offsets(row, column, value_stride, FLAT), mask)
-    tl.atomic_add(totals, tl.sum(new.to(tl.int64)), sem="relaxed")
+    tl.store(y + _offsets(group, row, column, y_stride, FLAT), new, mask=mask)
+    store_value(value, new.to(tl.float32) * inverse_scale, _offsets(group, row, column, value_stride, FLAT), mask)
+    tl.atomic_add(totals, tl.sum(checksums(new, first_row + row, column)), sem="relaxed")
     flags = tl.max(status)  # NON_FINITE never comes alone, so the largest is the union
     tl.atomic_or(totals + 1, flags.to(tl.int64), mask=flags != 0, sem="relaxed")
 
 
-@triton.jit(do_not_specialize=_COUNTS)
+@triton.jit(do_not_specialize=_EXACT_COUNTS)
 def uncouple_exact_kernel(
     y, branch, center, a, value, packed, totals,
     groups, row_groups, columns, y_stride, branch_stride, center_stride, a_stride, value_stride,
-    scale, inverse_scale,
+    first_row: tl.int64, scale, inverse_scale,
     Q: tl.constexpr, SIGN: tl.constexpr, BITS: tl.constexpr,
     BLOCK: tl.constexpr, FLAT: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     """Inverse on int32 streams."""
-    group, inside, row, column, mask = _tile(groups, row_groups, columns, BLOCK, FLAT, EVEN)
-    values = load_float(branch, _offsets(row, column, branch_stride, FLAT), mask)
-    old = tl.load(y + _offsets(row, column, y_stride, FLAT), mask=mask, other=0)
+    group, inside, row, column, mask = _tile(groups, row_groups, columns, BLOCK, EVEN)
+    values = load_float(branch, _offsets(group, row, column, branch_stride, FLAT), mask)
+    old = tl.load(y + _offsets(group, row, column, y_stride, FLAT), mask=mask, other=0)
     integer, _ = quantise(values, scale)
     old = (old - integer) * (SIGN * Q)
     for plane in tl.static_range(0, BITS, 8):
         old += unpack_part(packed, group, groups.to(tl.int64), inside, plane, min(8, BITS - plane))
     if center is not None:
-        old += tl.load(center + _offsets(row, column, center_stride, FLAT), mask=mask, other=0)
-    tl.store(a + _offsets(row, column, a_stride, FLAT), old, mask=mask)
-    store_value(value, old.to(tl.float32) * inverse_scale, _offsets(row, column, value_stride, FLAT), mask)
-    tl.atomic_add(totals, tl.sum(old.to(tl.int64)), sem="relaxed")
+        old += tl.load(center + _offsets(group, row, column, center_stride, FLAT), mask=mask, other=0)
+    tl.store(a + _offsets(group, row, column, a_stride, FLAT), old, mask=mask)
+    store_value(value, old.to(tl.float32) * inverse_scale, _offsets(group, row, column, value_stride, FLAT), mask)
+    tl.atomic_add(totals, tl.sum(checksums(old, first_row + row, column)), sem="relaxed")
 
 
 @triton.jit(do_not_specialize=_COUNTS)
@@ -145,21 +142,21 @@ def float_kernel(
     INVERSE: tl.constexpr, BLOCK: tl.constexpr, FLAT: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     """Forward and inverse on floating-point streams."""
-    _, _, row, column, mask = _tile(groups, row_groups, columns, BLOCK, FLAT, EVEN)
-    values = load_float(branch, _offsets(row, column, branch_stride, FLAT), mask)
-    old = load_float(stream, _offsets(row, column, stream_stride, FLAT), mask)
+    group, _, row, column, mask = _tile(groups, row_groups, columns, BLOCK, EVEN)
+    values = load_float(branch, _offsets(group, row, column, branch_stride, FLAT), mask)
+    old = load_float(stream, _offsets(group, row, column, stream_stride, FLAT), mask)
     factor = tl.full((BLOCK, LANES), coefficient, tl.float32)
     if INVERSE:
         new = tl.div_rn(old - values, factor)
         if center is not None:
-            new += load_float(center, _offsets(row, column, center_stride, FLAT), mask)
+            new += load_float(center, _offsets(group, row, column, center_stride, FLAT), mask)
     else:
         if center is not None:
-            old -= load_float(center, _offsets(row, column, center_stride, FLAT), mask)
+            old -= load_float(center, _offsets(group, row, column, center_stride, FLAT), mask)
         new = values + old * factor
     stored, new = round_like(new, out)
-    tl.store(out + _offsets(row, column, out_stride, FLAT), stored, mask=mask)
-    store_value(value, new, _offsets(row, column, value_stride, FLAT), mask)
+    tl.store(out + _offsets(group, row, column, out_stride, FLAT), stored, mask=mask)
+    store_value(value, new, _offsets(group, row, column, value_stride, FLAT), mask)
     if not INVERSE:
         flags = tl.max(tl.where(tl.abs(new) <= FP32_MAX, 0, NON_FINITE_FLAG))
         tl.atomic_or(totals + 1, flags.to(tl.int64), mask=flags != 0, sem="relaxed")
@@ -186,6 +183,7 @@ def _launch(
     fraction_bits: int | None,
     value_dtype: torch.dtype | None,
     inplace: bool,
+    first_row: int,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
     """The new stream, its copy as ``value_dtype``, and the totals: checksum and status."""
     native = value_dtype in (torch.float32, torch.float16, torch.bfloat16)
@@ -199,15 +197,18 @@ def _launch(
 
         rows, columns = stream.numel() // stream.shape[-1], stream.shape[-1]
         dense = all(tensor is None or tensor.is_contiguous() for tensor in tensors)
-        if flat := dense and (columns % GROUP == 0 or packed is None):
-            rows, columns, strides = 1, rows * columns, (0,) * len(tensors)
+        # Remainders and checksums go by row: there, no group may straddle two.
+        if flat := dense and (columns % GROUP == 0 or exact is None):
+            strides = (0,) * len(tensors)
+            if exact is None:
+                rows, columns = 1, rows * columns
         groups = rows * (row_groups := blocks(columns, GROUP))
 
         scalars: tuple[float, ...] = (coefficient,)
         constants: dict[str, int] = {"INVERSE": inverse}
         kernel: Any = float_kernel
         if exact is not None and fraction_bits is not None:
-            scalars = (2.0**fraction_bits, 2.0**-fraction_bits)
+            scalars = (first_row, 2.0**fraction_bits, 2.0**-fraction_bits)
             kernel = uncouple_exact_kernel if inverse else couple_exact_kernel
             constants = {"Q": exact[0], "SIGN": exact[1], "BITS": remainder_bits(exact[0])}
         block = next(size for least, size in BLOCKS if groups >= least)
@@ -234,12 +235,13 @@ def couple(
     fraction_bits: int | None,
     value_dtype: torch.dtype | None,
     inplace: bool,
+    first_row: int,
 ) -> Coupled:
     """``reference.couple_exact`` where ``exact`` is ``(q, sign)``, ``reference.couple_float`` where it is None."""
     packed = None
     if exact is not None and exact[0] > 1:
         packed = torch.empty(packed_shape(a.shape, exact[0]), dtype=torch.uint8, device=a.device)
-    lane = (a, branch, coefficient, exact, center, fraction_bits, value_dtype, inplace)
+    lane = (a, branch, coefficient, exact, center, fraction_bits, value_dtype, inplace, first_row)
     y, value, totals = _launch(False, packed, *lane)
     return Coupled(y, value, packed, totals[0], totals.view(torch.int32)[2])  # little-endian, as packing insists
 
@@ -255,9 +257,10 @@ def uncouple(
     fraction_bits: int | None,
     value_dtype: torch.dtype | None,
     inplace: bool,
+    first_row: int,
 ) -> Uncoupled:
     """``reference.uncouple_exact`` where ``exact`` is ``(q, sign)``, ``reference.uncouple_float`` where it is None."""
     packed = None if remainder is None else remainder.contiguous()
-    lane = (y, branch, coefficient, exact, center, fraction_bits, value_dtype, inplace)
+    lane = (y, branch, coefficient, exact, center, fraction_bits, value_dtype, inplace, first_row)
     a, value, totals = _launch(True, packed, *lane)
     return Uncoupled(a, value, totals[0])

@@ -26,7 +26,7 @@ class Coupled(NamedTuple):
     remainder: torch.Tensor | None
     """Packed remainders, ``uint8 [bits, rows, ceil(columns / 8)]``; None for float streams and for q = 1."""
     checksum: torch.Tensor
-    """Sum of ``y``, int64 scalar (order-free, hence deterministic); 0 for float streams."""
+    """Of ``y``, int64 scalar; see :func:`~meft_kernels.ops.checksum`. 0 for float streams."""
     status: torch.Tensor
     """int32 scalar, NON_FINITE | OVERFLOW bits; 0 when all is well. ``y`` is meaningless otherwise."""
 
@@ -39,4 +39,4 @@ class Uncoupled(NamedTuple):
     value: torch.Tensor | None
     """``a`` as ``value_dtype``; None if no ``value_dtype`` was asked for."""
     checksum: torch.Tensor
-    """Sum of ``a``, int64 scalar; 0 for float streams."""
+    """Of ``a``, int64 scalar; 0 for float streams."""
