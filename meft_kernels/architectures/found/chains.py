@@ -23,6 +23,8 @@ class Chain:
     width: int
     read_between: bool
     """Whether somebody reads what a layer returned beside the next one."""
+    boxes: tuple[str, ...]
+    """Arguments into which layers write what others read."""
 
 
 class NoChain(Exception):
@@ -89,7 +91,8 @@ def _chain(name: str, layers: list[nn.Module], calls: list[Call], first: int) ->
     calls = passes[0]
     assert calls[0].given is not None
     between = any(_read_elsewhere(before, after) for before, after in neighbours)
-    return Chain(name, layers, calls, calls[0].given.shape[-1], between)
+    boxes = tuple(dict.fromkeys(box for call in calls for box in call.filled))
+    return Chain(name, layers, calls, calls[0].given.shape[-1], between, boxes)
 
 
 def _no_layer(call: Call) -> str | None:
@@ -103,13 +106,10 @@ def _no_layer(call: Call) -> str | None:
         return f"turns {tuple(given.shape)} into {tuple(returned.shape)}"
     if not given.is_floating_point() or given.dtype != returned.dtype:
         return f"turns {given.dtype} into {returned.dtype}"
-    if call.written:
+    if call.overwritten:
         return "writes into the hidden states that it is given, which others read"
-    if call.filled:
-        return (
-            f"writes into its argument {', '.join(call.filled)}, from which other layers read: keys and values shared "
-            "across layers, or another state beside the hidden states"
-        )
+    if lists := [name for name in call.filled if isinstance(call.boxes[name], list)]:
+        return f"writes into its argument {lists[0]}, a list: a state beside the hidden states"
     if sum(parameter.dim() > 1 for parameter in call.module.parameters()) < 2:
         return "has less than two weight matrices"
     if not any(_reads_width(module, given.shape[-1]) for module in call.module.modules()):

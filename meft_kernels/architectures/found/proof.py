@@ -8,6 +8,7 @@ elsewhere (a state that it keeps, a cache, keys and values that others hand it i
 from __future__ import annotations
 
 import math
+from collections import UserDict
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -27,13 +28,18 @@ class Unproven(Exception):
 
 
 def arguments_of(call: Call) -> dict[str, Any]:
-    """A layer call's arguments by name, without its hidden states and caches, as the engine hands them on."""
+    """A layer call's arguments by name, without its hidden states and caches, as the engine hands them on.
+
+    Tensors that need a gradient are leaves, mappings are new ones with what they held before the call.
+    """
     from ...engine.arguments import without_cache
 
     names = parameter_names(call.module)
     named = {**dict(zip(names, call.args, strict=False)), **call.kwargs}
     named.pop(names[0])
-    return without_cache(named)
+    boxes = {name: dict(held) for name, held in call.held.items() if isinstance(held, dict | UserDict)}
+    kwargs: dict[str, Any] = tree_map_only(torch.Tensor, _leaf_like, {**without_cache(named), **boxes})
+    return {**kwargs, **{name: type(call.boxes[name])(kwargs[name]) for name in boxes}}
 
 
 def again(call: Call, kwargs: dict[str, Any], hidden_states: torch.Tensor) -> Any:
@@ -72,7 +78,7 @@ def _gradients(calls: list[Call], output: Any) -> _Gradients:
 
 def _ends(call: Call) -> list[torch.Tensor]:
     assert call.entered is not None
-    return [call.entered, *_outputs(call.output)]
+    return [call.entered, *_outputs(call.output), *_outputs(call.written)]
 
 
 def _outputs(output: Any) -> list[torch.Tensor]:
@@ -108,7 +114,8 @@ def _prove(call: Call, gradients: _Gradients) -> None:
 
     assert call.entered is not None and call.value is not None
     leaf = call.entered.detach().requires_grad_()
-    kwargs = tree_map_only(torch.Tensor, _leaf_like, arguments_of(call))
+    kwargs = arguments_of(call)
+    before = {name: dict(kwargs[name]) for name, box in call.boxes.items() if isinstance(box, dict | UserDict)}
     with torch.enable_grad():
         output = again(call, kwargs, leaf.view_as(leaf))
     made = first_tensor(output)
@@ -119,7 +126,8 @@ def _prove(call: Call, gradients: _Gradients) -> None:
             f"{call.name} gives something else when it is called again{cache} with the same arguments: it keeps a "
             "state, or computes in another way each time"
         )
-    then, now = _outputs(call.output), _outputs(output)
+    written = [v for name, held in before.items() for k, v in kwargs[name].items() if v is not held.get(k)]
+    then, now = _outputs([call.output, call.written]), _outputs([output, written])
     if len(then) != len(now):
         raise Unproven(f"{call.name} returns {len(now)} tensors when it is called again, {len(then)} before")
     incoming = [gradients.get(id(tensor)) for tensor in then]
@@ -155,14 +163,13 @@ def _prove_repeats(call: Call) -> None:
     if getattr(module, "gradient_checkpointing", False):
         return  # refused elsewhere
     modes = [(part, part.training) for part in module.modules()]
-    kwargs = tree_map_only(torch.Tensor, torch.Tensor.detach, arguments_of(call))
     assert call.entered is not None
     try:
         module.train()
         made = []
         for _ in range(2):
             with torch.no_grad(), seeded(0, call.entered.device):
-                made.append(first_tensor(again(call, kwargs, call.entered.detach())))
+                made.append(first_tensor(again(call, arguments_of(call), call.entered.detach())))
     finally:
         for part, mode in modes:
             part.training = mode
@@ -188,24 +195,24 @@ def prove_cut(call: Call, parts: list[Call], tap: Tap) -> Cut | None:
 
 def _cut_holds(call: Call, attention: tuple[LeftOut, ...], mlp: tuple[LeftOut, ...]) -> bool:
     assert call.entered is not None and call.value is not None
-    kwargs = tree_map_only(torch.Tensor, _leaf_like, arguments_of(call))  # kernels are chosen by what needs gradients
     forward = type(call.module).forward
     hidden_states = call.entered.detach()
     with torch.enable_grad():
-        output = forward(without(call.module, attention), hidden_states.requires_grad_(), **kwargs)
+        output = forward(without(call.module, attention), hidden_states.requires_grad_(), **arguments_of(call))
         attended = first_tensor(output)
         if attended is None:
             return False
         attended = attended.detach().requires_grad_()
-        rebuilt = first_tensor(forward(without(call.module, mlp), attended, **kwargs))
+        rebuilt = first_tensor(forward(without(call.module, mlp), attended, **arguments_of(call)))
         if rebuilt is None or not torch.equal(rebuilt, call.value) or torch.equal(attended, rebuilt):
             return False
         if torch.equal(attended, hidden_states) or not _same_extras(output, call.output):
             return False
-        return all(
-            _rows_agree(rows, rebuilt, first_tensor(forward(without(call.module, mlp), attended[rows], **kwargs)))
-            for rows in _some_rows(attended)
-        )
+        for rows in _some_rows(attended):
+            part = first_tensor(forward(without(call.module, mlp), attended[rows], **arguments_of(call)))
+            if not _rows_agree(rows, rebuilt, part):
+                return False
+        return True
 
 
 def _some_rows(hidden_states: torch.Tensor) -> list[Any]:

@@ -52,7 +52,6 @@ class FoundLayers(LayerSpec):
     """The layers of one list, as they were found. All that is in it can be pickled, for it is registered nowhere."""
 
     list_name: str
-    owner_name: str
     tapped: bool
     """Whether every layer has an FFN that was found."""
     apart: bool
@@ -89,14 +88,6 @@ class _Objection:
             return (
                 f"no FFN was found in {untapped[0]} for the adapter beside it: pass adapters='none', with a LoRA inside"
             )
-        if settings.arithmetic == "exact" and settings.fraction_bits is None:
-            for layers in self.layers:
-                beside = [each.list_name for each in self.layers if each.owner_name == layers.owner_name]
-                if len(beside) > 1:
-                    return (
-                        f"{' and '.join(beside[:2])} are lists of layers under one model, which cannot be calibrated "
-                        "one by one: pass fraction_bits=14, say"
-                    )
         return None
 
 
@@ -242,8 +233,8 @@ def _layers_of(model: nn.Module, chain: Chain, seen: Trace, first: int) -> Found
         layerdrop=Constant(_layerdrop(getattr(owner, "config", None), chain.name)),
         hidden_size=Constant(chain.width),
         read_between=chain.read_between,
+        boxes=chain.boxes,
         list_name=chain.name,
-        owner_name=next(name for name, module in model.named_modules() if module is owner),
         tapped=tapped,
         apart=apart,
     )

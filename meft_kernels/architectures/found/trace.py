@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import inspect
-from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections import UserDict, defaultdict
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ...modules import modules_of
 
@@ -33,7 +34,7 @@ class Call:
     entered: torch.Tensor | None = None
     """The same as the module saw it, which records gradients."""
     entered_version: int = -1
-    written: bool = False
+    overwritten: bool = False
     """Whether the call wrote into it."""
     output: Any = None
     returned: torch.Tensor | None = None
@@ -42,10 +43,14 @@ class Call:
     value: torch.Tensor | None = None
     """A copy of its values, of a layer."""
     end: int = -1
-    boxes: dict[str, list[Any]] = field(default_factory=dict)
-    """Arguments that are mappings or lists, with what they held afterwards."""
+    boxes: dict[str, Any] = field(default_factory=dict)
+    """Arguments that are mappings or lists, KV caches aside."""
+    held: dict[str, Any] = field(default_factory=dict)
+    """What each of them held before."""
     filled: list[str] = field(default_factory=list)
     """Those of them that the call wrote into."""
+    written: list[torch.Tensor] = field(default_factory=list)
+    """Tensors that it wrote into mappings."""
     readers: list[tuple[str, Call | None]] = field(default_factory=list)
     """Functions that read what it returned, and the layer's call that they were part of."""
 
@@ -144,7 +149,8 @@ class _Recorder(TorchFunctionMode):
             call.given, call.given_version, call.entered = given, given._version, given
             if id(module) not in self._names:
                 return None
-            call.boxes = _contents(call)
+            call.boxes = _boxes(call)
+            call.held = {name: copy.copy(box) for name, box in call.boxes.items()}
             if given.is_floating_point():
                 # Another tensor of the same memory: its gradient is what comes through this call alone.
                 call.entered = given.view_as(given) if given.requires_grad else given.detach().requires_grad_().clone()
@@ -165,9 +171,8 @@ class _Recorder(TorchFunctionMode):
             self._note_part(call)
             if id(module) not in self._names:
                 return None
-            call.written = call.entered is not None and call.entered._version != call.entered_version
-            before, call.boxes = call.boxes, _contents(call)
-            call.filled = sorted(name for name, content in call.boxes.items() if content != before.get(name))
+            call.overwritten = call.entered is not None and call.entered._version != call.entered_version
+            _note_written(call)
             if call.returned is not None:
                 call.returned_version = call.returned._version
                 call.value = call.returned.detach().clone()
@@ -227,18 +232,26 @@ def _path(layer: nn.Module, part: nn.Module) -> str:
     return next((name for name, module in layer.named_modules() if module is part), "")
 
 
-def _contents(call: Call) -> dict[str, list[Any]]:
-    """Of the call's arguments that are mappings or lists, KV caches aside: what objects they hold."""
+def _boxes(call: Call) -> dict[str, Any]:
     from ...engine.arguments import caches_in
 
     named = {**dict(zip(parameter_names(call.module), call.args, strict=False)), **call.kwargs}
     caches = caches_in(named)
-    found: dict[str, list[Any]] = {}
-    for name, value in named.items():
-        if name in caches or isinstance(value, torch.Tensor):
+    return {n: value for n, value in named.items() if n not in caches and isinstance(value, dict | UserDict | list)}
+
+
+def _note_written(call: Call) -> None:
+    """What the call put into its boxes; others get other tensors of the same memory, as of what it returns."""
+    for name, box in call.boxes.items():
+        before = call.held[name]
+        if isinstance(box, list):
+            if list(map(id, box)) != list(map(id, before)):
+                call.filled.append(name)
             continue
-        if isinstance(value, Mapping):
-            found[name] = [(key, id(each)) for key, each in value.items()]
-        elif isinstance(value, list):
-            found[name] = [id(each) for each in value]
-    return found
+        new = {key: value for key, value in box.items() if key not in before or before[key] is not value}
+        if not new:
+            continue
+        call.filled.append(name)
+        for key, value in new.items():
+            box[key] = handed = tree_map_only(torch.Tensor, _handed_on, value)
+            call.written += [leaf for leaf in tree_leaves(handed) if isinstance(leaf, torch.Tensor)]
