@@ -31,8 +31,8 @@ class NoChain(Exception):
     """A list is none; says why, and where."""
 
 
-def layer_lists(model: nn.Module) -> dict[str, nn.ModuleList]:
-    """Lists that may be of layers: of transformers' own layer class where the model has such, else all there are."""
+def layer_lists(model: nn.Module) -> list[dict[str, nn.ModuleList]]:
+    """Lists that may be of layers, to be tried in turn: those of transformers' own layer class; all there are."""
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     lists = {
@@ -45,7 +45,7 @@ def layer_lists(model: nn.Module) -> dict[str, nn.ModuleList]:
         for name, layers in lists.items()
         if all(isinstance(layer, GradientCheckpointingLayer) for layer in layers)
     }
-    return marked or lists
+    return [found for found in (marked, lists if len(lists) > len(marked) else {}) if found]
 
 
 def find_chains(lists: dict[str, nn.ModuleList], seen: Trace, first: int) -> tuple[list[Chain], dict[str, str]]:

@@ -106,18 +106,22 @@ def find(model: Any, *, frozen_layers: int = 0, batch: Mapping[str, Any] | None 
     """
     kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
     refuse_unreadable(model, kind)
-    lists = layer_lists(model)
-    if not lists:
+    candidates = layer_lists(model)
+    if not candidates:
         raise unsupported(
             kind, ["it holds no nn.ModuleList: layers in a dict or in attributes of their own are not found"]
         )
     with torch.inference_mode(False), torch.enable_grad(), untouched(model):
         model.eval()
-        seen = _seen(model, kind, lists, batch)
-        chains, refused = find_chains(lists, seen, frozen_layers)
-        chains = _language_model(model, chains, refused)
-        if not chains:
-            raise unsupported(kind, [f"{name}: {reason}" for name, reason in refused.items()])
+        reasons: dict[str, str] = {}
+        for lists in candidates:
+            seen = _seen(model, kind, lists, batch)
+            chains, refused = find_chains(lists, seen, frozen_layers)
+            reasons |= refused
+            if chains := _language_model(model, chains, refused):
+                break
+        else:
+            raise unsupported(kind, [f"{name}: {reason}" for name, reason in reasons.items()])
         if batch is None:
             _refuse_unseen(model, kind, chains)
         for chain in chains:
