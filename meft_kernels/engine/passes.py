@@ -216,7 +216,6 @@ class Passes:
             raise ReversibleUsageError(
                 f"hidden states must be float16, bfloat16, float32 or float64, got {hidden_states.dtype}"
             )
-        hidden_states = hidden_states.contiguous()  # the streams are cut into tiles, whatever embeddings were made of
         tape = Tape.start(
             hidden_states,
             arithmetic=way.arithmetic,
