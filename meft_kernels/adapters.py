@@ -13,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers.activations import ACT2FN
 
 from . import ops
+from .engine.exporting import exporting
 from .errors import ReversibleUsageError
 from .modules import modules_of
 from .notices import warn_once
@@ -33,11 +34,42 @@ class FusedBranch(NamedTuple):
     seed: int | None = None
 
 
+class Projection(nn.Module):
+    """A linear map whose weights may be wider than its input, to whose dtype they are cast at use.
+
+    No ``nn.Linear``, on purpose: what goes through a model and puts something else in the place of every linear layer
+    (quantisation, a LoRA on "all-linear") means the pretrained ones, and would stop these from training.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        std: float,
+        *,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        linear = nn.Linear(in_features, out_features, device=device, dtype=dtype)
+        self.weight, self.bias = linear.weight, linear.bias
+        nn.init.normal_(self.weight, std=std) if std else nn.init.zeros_(self.weight)
+        nn.init.zeros_(self.bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """``[..., in_features]`` to ``[..., out_features]``."""
+        return F.linear(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}"
+
+
 class Adapter(nn.Module):
-    """Linear(H, rank), activation, dropout, Linear(rank, H); no skip, no scale (the paper's section 3.1).
+    """Projection(H, rank), activation, dropout, Projection(rank, H); no skip, no scale (the paper's section 3.1).
 
     The weights may be wider than the hidden states (float32 beside a bfloat16 model, so that small updates are not
-    rounded away); they are cast to the input's dtype at use, which costs rank/rows of the product itself.
+    rounded away); the cast costs rank/rows of the product itself.
     """
 
     def __init__(
@@ -56,21 +88,18 @@ class Adapter(nn.Module):
         super().__init__()
         self.impl = impl
         self.activation_name = activation
-        self.down = nn.Linear(hidden_size, rank, device=device, dtype=dtype)
+        self.down = Projection(hidden_size, rank, down_init_std, device=device, dtype=dtype)
         self.activation = ACT2FN[activation]
         self.dropout = nn.Dropout(dropout)
-        self.up = nn.Linear(rank, hidden_size, device=device, dtype=dtype)
-        for linear, std in ((self.down, down_init_std), (self.up, up_init_std)):
-            nn.init.normal_(linear.weight, std=std) if std else nn.init.zeros_(linear.weight)
-            nn.init.zeros_(linear.bias)
+        self.up = Projection(rank, hidden_size, up_init_std, device=device, dtype=dtype)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """``[..., H]`` to ``[..., H]``, in the input's dtype (autocast's, where it is on)."""
         x = self.fused_input(hidden_states)
         if x is not None:
             return ops.adapter_forward(x, self.weights, self.activation_name, dropout=self.live_dropout, impl=self.impl)
-        bottleneck = self.dropout(self.activation(_linear(hidden_states, self.down)))
-        return _linear(bottleneck, self.up)
+        made: torch.Tensor = self.up(self.dropout(self.activation(self.down(hidden_states))))
+        return made
 
     def add_to(self, residual: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
         """``residual + self(hidden_states)``, in the dtype of ``residual``."""
@@ -99,7 +128,7 @@ class Adapter(nn.Module):
         Raises:
             RuntimeError: ``impl="triton"``, and the kernels cannot serve this call.
         """
-        if self.impl == "torch" or (self.impl == "auto" and hidden_states.device.type != "cuda"):
+        if self.impl == "torch" or (self.impl == "auto" and hidden_states.device.type != "cuda") or exporting():
             return None
         x = hidden_states
         if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
@@ -129,14 +158,11 @@ class Adapter(nn.Module):
                 name = next(name for name, part in self.named_modules() if part is module)
                 return f"hooks are registered on {name or 'the adapter'}"
         for name in ("down", "up"):
-            linear = getattr(self, name)
-            if type(linear) is not nn.Linear or type(linear.weight) not in (nn.Parameter, torch.Tensor):
-                return f"{name} is {type(linear).__name__} with a weight of type {type(linear.weight).__name__}"
+            part = getattr(self, name)
+            if type(part) is not Projection or type(part.weight) not in (nn.Parameter, torch.Tensor):
+                weight = type(getattr(part, "weight", None)).__name__
+                return f"{name} is {type(part).__name__} with a weight of type {weight}"
         return None
-
-
-def _linear(x: torch.Tensor, linear: nn.Linear) -> torch.Tensor:
-    return F.linear(x, linear.weight.to(x.dtype), linear.bias.to(x.dtype))
 
 
 class Switch(Protocol):

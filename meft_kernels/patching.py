@@ -21,8 +21,19 @@ from .engine.threads import Gate
 from .errors import PatchError
 from .insertion import make_adapters
 from .loss.binding import LossBinding, head_for
-from .state import STATE, PatchState, count_parameters, find_state, is_sentence_encoder, require_state, unwrap
-from .targets import LayerList, Trust, check_trainable, find_layers, find_spec, is_peft, modules_to_train
+from .rollback import all_or_nothing
+from .state import (
+    STATE,
+    PatchState,
+    between_passes,
+    count_parameters,
+    dtype_beside,
+    find_state,
+    is_sentence_encoder,
+    require_state,
+    unwrap,
+)
+from .targets import LayerList, Trust, check_trainable, find_layers, find_spec, is_peft, modules_to_train, parts_named
 from .trainer_bindings import CheckpointingBinding, QuantisedBinding
 
 if TYPE_CHECKING:
@@ -101,19 +112,35 @@ def patch(
         ]
         for target in lists
     ]
-    trained = modules_to_train(base, spec, config)
+    trained = modules_to_train(base, lists, spec, config)
     head = head_for(base, config)
 
-    # Nothing was changed so far, and nothing can fail from here on.
+    with all_or_nothing(model):
+        state = _change(model, base, lists, adapters, trained, head, config)
+        state.plan = budget
+        _report(base, state)
+    return model
+
+
+def _change(
+    model: nn.Module,
+    base: nn.Module,
+    lists: list[LayerList],
+    adapters: list[list[dict[str, Adapter]]],
+    trained: tuple[str, ...],
+    head: nn.Module | None,
+    config: MeftConfig,
+) -> PatchState:
+    """All that ``patch`` changes of a model."""
     required_grad = {name: parameter.requires_grad for name, parameter in base.named_parameters()}
     if config.adapters == "all":
         for parameter in base.parameters():
             parameter.requires_grad_(parameter.requires_grad and is_peft(base))
-    for name in trained:
-        base.get_submodule(name).requires_grad_(True)
+    for part in parts_named(base, trained):
+        part.requires_grad_(True)
     gate = Gate()
     stacks = [_bind(target, made, config, gate) for target, made in zip(lists, adapters, strict=True)]
-    state = PatchState(config, stacks, trained, required_grad, plan=budget)
+    state = PatchState(config, stacks, trained, required_grad)
     state.bindings += [CheckpointingBinding(base, stacks), LoadingBinding(base)]
     if config.adapters == "all":
         state.bindings += [SavingBinding(base), QuantisedBinding(base)]
@@ -124,6 +151,12 @@ def patch(
 
         state.bindings.append(EncoderBinding(model, base))
     object.__setattr__(base, STATE, state)
+    return state
+
+
+def _report(base: nn.Module, state: PatchState) -> None:
+    """Say what was done, and warn of what comes of it."""
+    config = state.config
     trainable, total = count_parameters(base)
     logger.info(
         "patched %s: %s, %s arithmetic, %s coupling, %d reversible layers, %s trainable of %s parameters",
@@ -131,20 +164,19 @@ def patch(
         config.variant,
         config.arithmetic,
         config.coupling,
-        sum(stack.reversible_end - stack.first for stack in stacks),
+        sum(stack.reversible_end - stack.first for stack in state.stacks),
         f"{trainable:,}",
         f"{total:,}",
     )
-    if budget is not None:
-        logger.info("planned %s", budget.line())
-    for stack in stacks:
-        _warn_of_drift(stack, base.dtype)
+    if state.plan is not None:
+        logger.info("planned %s", state.plan.line())
+    for stack in state.stacks:
+        _warn_of_drift(stack)
     if config.adapters == "all" and is_peft(base):
         logger.warning(
             "meft_kernels: what PEFT saves of this model, the checkpoints of a Trainer among it, holds PEFT's weights "
             "and not the adapters inserted now: save those with save_adapter, into a folder of their own"
         )
-    return model
 
 
 def _planned(
@@ -182,13 +214,15 @@ def check_same_settings(here: MeftConfig, asked: MeftConfig) -> None:
         )
 
 
+@between_passes
 def unpatch(model: Model) -> Model:
     """Undo :func:`patch`: adapters dropped, all of them, forwards, hooks, ``requires_grad`` as before. Save them first.
 
     Modules trained beside the adapters (a task head, BERT's pooler with it) keep their trained weights.
 
     Raises:
-        PatchError: the model is not patched.
+        PatchError: the model is not patched, or a layer's forward was wrapped meanwhile. Nothing has been changed when
+            this or any other error is raised.
     """
     state = require_state(model)
     base = unwrap(model)
@@ -199,25 +233,27 @@ def unpatch(model: Model) -> Model:
                     f"the forward of {layer.name} was wrapped again after patch (accelerate's hooks do so): take that "
                     "wrapper off first"
                 )
-    for stack in reversed(state.stacks):  # a model that owns two of them has their objects one inside the other
-        for layer in stack.layers:
-            layer.module._modules.pop(ADAPTERS, None)
-        stack.remove()
-    for binding in state.bindings:
-        binding.remove(base)
-    for name, parameter in base.named_parameters():
-        parameter.requires_grad_(state.required_grad.get(name, parameter.requires_grad))
-        if not parameter.requires_grad:
-            parameter.grad = None
-    delattr(base, STATE)
+    with all_or_nothing(model, state.parts()):
+        for stack in reversed(state.stacks):  # a model that owns two of them has their objects one inside the other
+            for layer in stack.layers:
+                layer.module._modules.pop(ADAPTERS, None)
+            stack.remove()
+        for binding in state.bindings:
+            binding.remove(base)
+        for name, parameter in base.named_parameters():
+            parameter.requires_grad_(state.required_grad.get(name, parameter.requires_grad))
+            if not parameter.requires_grad:
+                parameter.grad = None
+        delattr(base, STATE)
     return model
 
 
-def _warn_of_drift(stack: ReversibleStack, dtype: torch.dtype) -> None:
+def _warn_of_drift(stack: ReversibleStack) -> None:
     """Float streams, and with them their rounding, are divided by the coefficients in every layer on the way back."""
     layers = stack.reversible_end - stack.first
     if stack.config.arithmetic != "float" or not layers:
         return
+    dtype = dtype_beside(stack) or torch.get_default_dtype()
     growth = -sum(math.log10(abs(lane.coefficient)) for lane in (stack.plan.first, stack.plan.second))
     error = layers * growth + math.log10(torch.finfo(dtype).eps)
     if error > -2:

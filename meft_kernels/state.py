@@ -16,6 +16,7 @@ from .engine.arithmetic import Arithmetic
 from .engine.layer import ADAPTERS
 from .engine.stack import ReversibleStack
 from .errors import PatchError
+from .modules import modules_of
 
 if TYPE_CHECKING:
     from .planning import Plan
@@ -38,6 +39,13 @@ class AdapterSlot:
     """Parameters and buffers of what is trained with it, by name."""
     arithmetics: list[Arithmetic | None]
     """Of every stack."""
+    beside: list[torch.dtype | None]
+    """Of every stack: what its pretrained layers were in when this adapter left the model."""
+
+    def parts(self) -> list[object]:
+        """Itself, all modules, and the tensors that are in none of them."""
+        adapters = (adapter for stack in self.layers for layer in stack for adapter in layer.values())
+        return [self, *(part for adapter in adapters for part in modules_of(adapter)), *self.heads.values()]
 
 
 class Binding(Protocol):
@@ -74,6 +82,12 @@ class PatchState:
         """Of all adapters, the active one first."""
         return self.active, *self.inactive
 
+    def parts(self) -> list[object]:
+        """All that belongs to the patched model and is not a part of it: our own objects, and adapters that wait."""
+        stacks = [part for stack in self.stacks for part in stack.parts()]
+        waiting = [part for slot in self.inactive.values() for part in slot.parts()]
+        return [self, *stacks, *self.bindings, *waiting]
+
 
 def unwrap(model: Any) -> Any:
     """The transformers model inside a PEFT, DDP or ``torch.compile`` wrapper, or a model of sentence-transformers."""
@@ -99,7 +113,7 @@ def is_sentence_encoder(model: Any) -> bool:
 
 def find_state(model: nn.Module) -> PatchState | None:
     """What :func:`~meft_kernels.patch` did to the model, None if it did nothing."""
-    return getattr(unwrap(model), STATE, None)
+    return getattr(unwrap(model), "__dict__", {}).get(STATE)  # a wrapper may hand out its inner model's attributes
 
 
 def require_state(model: nn.Module) -> PatchState:
@@ -110,7 +124,13 @@ def require_state(model: nn.Module) -> PatchState:
     """
     state = find_state(model)
     if state is None:
-        raise PatchError("this model is not patched: call meft_kernels.patch(model) first")
+        parts = model.named_modules() if isinstance(model, nn.Module) else ()
+        inside = next((name for name, part in parts if STATE in vars(part)), None)
+        raise PatchError(
+            "this model is not patched: call meft_kernels.patch(model) first"
+            if inside is None
+            else f"this model is not patched, but its part {inside} is: give that one, model.get_submodule({inside!r})"
+        )
     return state
 
 
@@ -126,6 +146,12 @@ def between_passes(change: Change) -> Change:
             return change(model, *args, **kwargs)
 
     return cast(Change, waiting)
+
+
+def dtype_beside(stack: ReversibleStack) -> torch.dtype | None:
+    """Of a stack's pretrained layers, beside their adapters; None where nothing in them is floating point."""
+    named = stack.layers[0].module.named_parameters()
+    return next((p.dtype for name, p in named if p.is_floating_point() and not name.startswith(f"{ADAPTERS}.")), None)
 
 
 def adapter_module_names(state: PatchState) -> list[str]:

@@ -16,7 +16,8 @@ from .config import MeftConfig
 from .errors import PatchError
 from .insertion import make_adapters
 from .modules import modules_of
-from .state import AdapterSlot, PatchState, between_passes, require_state, unwrap
+from .rollback import all_or_nothing
+from .state import AdapterSlot, PatchState, between_passes, dtype_beside, require_state, unwrap
 from .targets import find_spec
 from .unfrozen import adopt_unfrozen
 
@@ -73,13 +74,15 @@ def add_slot(model: nn.Module, adapter_name: str, config: MeftConfig) -> None:
         [make_adapters(layer.module, stack.hidden_size, base, spec, config) for layer in stack.layers]
         for stack in state.stacks
     ]
-    adopt_unfrozen(base, state)
-    state.inactive[adapter_name] = AdapterSlot(
-        config,
-        layers,
-        deepcopy(trained_tensors(base, state)),
-        [stack.given_arithmetic(config) for stack in state.stacks],
-    )
+    with all_or_nothing(base, state.parts()):
+        adopt_unfrozen(base, state)
+        state.inactive[adapter_name] = AdapterSlot(
+            config,
+            layers,
+            deepcopy(trained_tensors(base, state)),
+            [stack.given_arithmetic(config) for stack in state.stacks],
+            [dtype_beside(stack) for stack in state.stacks],
+        )
 
 
 @between_passes
@@ -87,11 +90,13 @@ def set_adapter(model: nn.Module, adapter_name: str) -> None:
     """Make this adapter the active one: the one that computes, trains, and is in ``state_dict()``.
 
     Parameters of the others leave the model unchanged and come back as the same objects, so that each adapter may have
-    an optimizer of its own. A forward made before must have its backward before the switch, or backward raises. It is
-    the active one for all threads: passes of others under way are waited for, and theirs then wait.
+    an optimizer of its own. One that comes back is moved and cast as the model was meanwhile. A forward made before
+    must have its backward before the switch, or backward raises. It is the active one for all threads: passes of others
+    under way are waited for, and theirs then wait.
 
     Raises:
-        PatchError: the model is not patched, or has no adapter of this name.
+        PatchError: the model is not patched, or has no adapter of this name. Nothing has been changed when this or any
+            other error is raised.
         ReversibleUsageError: in the middle of a forward pass of this thread.
     """
     state, base = require_state(model), unwrap(model)
@@ -100,26 +105,32 @@ def set_adapter(model: nn.Module, adapter_name: str) -> None:
     if adapter_name not in state.inactive:
         raise PatchError(f"there is no adapter {adapter_name!r}; the model has {_listed(state)}")
     _check_may_switch(model, state)
-    adopt_unfrozen(base, state)
-    coming = state.inactive.pop(adapter_name)
-    leaving = trained_tensors(base, state)
-    state.inactive[state.active] = AdapterSlot(
-        state.config,
-        [[layer.adapters for layer in stack.layers] for stack in state.stacks],
-        leaving,
-        [stack.arithmetic for stack in state.stacks],
-    )
-    for stack, layers, arithmetic in zip(state.stacks, coming.layers, coming.arithmetics, strict=True):
-        stack.take_up(coming.config, arithmetic)
-        for layer, adapters in zip(stack.layers, layers, strict=True):
-            device = next(iter(layer.adapters.values())).up.weight.device  # the model may have moved meanwhile
-            layer.hold({name: adapter.to(device).train(layer.module.training) for name, adapter in adapters.items()})
-    _put(base, {id(old): _placed_like(old, coming.heads[name]) for name, old in leaving.items()})
-    state.config, state.active = coming.config, adapter_name
+    with all_or_nothing(base, state.parts()):
+        adopt_unfrozen(base, state)
+        coming = state.inactive.pop(adapter_name)
+        leaving = trained_tensors(base, state)
+        state.inactive[state.active] = AdapterSlot(
+            state.config,
+            [[layer.adapters for layer in stack.layers] for stack in state.stacks],
+            leaving,
+            [stack.arithmetic for stack in state.stacks],
+            [dtype_beside(stack) for stack in state.stacks],
+        )
+        for index, stack in enumerate(state.stacks):
+            dtype = dtype_beside(stack)
+            cast = dtype if dtype != coming.beside[index] else None
+            stack.take_up(coming.config, coming.arithmetics[index])
+            for layer, adapters in zip(stack.layers, coming.layers[index], strict=True):
+                device = next(iter(layer.adapters.values())).up.weight.device
+                layer.hold({n: a.to(device, cast).train(layer.module.training) for n, a in adapters.items()})
+        _put(base, {id(old): _placed_like(old, coming.heads[name]) for name, old in leaving.items()})
+        state.config, state.active = coming.config, adapter_name
 
 
 def trained_tensors(base: nn.Module, state: PatchState) -> dict[str, torch.Tensor]:
     """Parameters and buffers of what is trained beside the adapters, by name; each once, whatever shares it."""
+    if not state.trained_modules:
+        return {}
     prefixes = tuple(f"{name}." for name in state.trained_modules)
     found = {
         id(tensor): (name, tensor)
@@ -132,21 +143,22 @@ def trained_tensors(base: nn.Module, state: PatchState) -> dict[str, torch.Tenso
 
 def _put(base: nn.Module, others: dict[int, torch.Tensor]) -> None:
     """Put other tensors in the place of the model's own, which are named by their ids, wherever these are."""
-    for module in modules_of(base):
-        held: Any = module._parameters, module._buffers
+    for module in modules_of(base) if others else ():
+        held: tuple[dict[str, Any], ...] = module._parameters, module._buffers
         for tensors in held:
-            for name, tensor in tensors.items():
-                if id(tensor) in others:
-                    tensors[name] = others[id(tensor)]
+            tensors.update({name: others[id(t)] for name, t in tensors.items() if id(t) in others})
 
 
 def _placed_like(here: torch.Tensor, coming: torch.Tensor) -> torch.Tensor:
     """A tensor moved and cast to where another is, as a module's are: a parameter remains the same object."""
     if (coming.device, coming.dtype) == (here.device, here.dtype):
         return coming
-    holder: Any = nn.Module()
-    (holder._parameters if isinstance(coming, nn.Parameter) else holder._buffers)["it"] = coming
-    moved: torch.Tensor = holder.to(here.device, here.dtype if here.is_floating_point() else None).it
+    holder = nn.Module()
+    if isinstance(coming, nn.Parameter):
+        holder.it = coming
+    else:
+        holder.register_buffer("it", coming)
+    moved: Any = holder.to(here.device, here.dtype if here.is_floating_point() else None).it
     return moved
 
 
@@ -169,11 +181,11 @@ def delete_adapter(model: nn.Module, adapter_name: str) -> None:
 @contextmanager
 def activated(model: nn.Module, adapter_name: str) -> Iterator[None]:
     """Inside a ``with`` block another adapter is the active one."""
-    before = require_state(model).active
-    set_adapter(model, adapter_name)
-    try:
+    state = require_state(model)
+    before = state.active
+    with all_or_nothing(unwrap(model), state.parts()):
+        set_adapter(model, adapter_name)
         yield
-    finally:
         set_adapter(model, before)
 
 

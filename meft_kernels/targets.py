@@ -5,14 +5,17 @@ Everything here looks and refuses; nothing is changed.
 
 from __future__ import annotations
 
+import copy
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
 
 from .architectures import ArchitectureSpec, LayerSpec, find_architecture, supported_model_types
 from .architectures.found import find
@@ -40,6 +43,8 @@ class LayerList:
     layerdrop: bool
     post_norm: bool
     in_turn: bool
+    under_peft: bool
+    """Whether PEFT had been put on the model before."""
 
 
 Trust = Literal["found", "written"]
@@ -61,10 +66,20 @@ def find_spec(
     """
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     spec = find_architecture(model_type) if model_type else None
-    if spec is None and trust == "found" and model_type:
+    if spec is None and trust == "found" and model_type and isinstance(model, PreTrainedModel):
         found = find(model, frozen_layers=config.frozen_layers, batch=probe)
         logger.info("%s", found.line)
         spec = found
+    if spec is not None and not isinstance(model, PreTrainedModel):
+        part = _supported_part(model)
+        raise UnsupportedModelError(
+            f"{type(model).__name__} is no transformers model, though it has the config of one"
+            + (
+                f": patch the one inside it, patch(model{_path(part)}). What is around that stays as it is"
+                if part
+                else ""
+            )
+        )
     if spec is None:
         what = (
             f"model type {model_type!r}" if model_type else f"{type(model).__name__}, which has no config.model_type,"
@@ -81,14 +96,28 @@ def find_spec(
 
 def _way_out(model: nn.Module) -> str:
     """A part of a composite model may be supported where the whole is not."""
-    for name, part in model.named_modules():
-        model_type = getattr(getattr(part, "config", None), "model_type", None)
-        if name and hasattr(part, "base_model_prefix") and find_architecture(model_type or "") is not None:
-            return f"Its part {name} ({model_type}) is: patch(model.{name})"
+    part = _supported_part(model)
+    if part is not None:
+        inside: Any = model.get_submodule(part)
+        return f"Its part {part} ({inside.config.model_type}) is: patch(model{_path(part)})"
     return (
         "A family of your own is made known with meft_kernels.register_architecture; README.md beside "
         "meft_kernels/architectures says how"
     )
+
+
+def _supported_part(model: nn.Module) -> str | None:
+    """The name of the outermost transformers model inside of this one that has a family."""
+    for name, part in model.named_modules():
+        model_type = getattr(getattr(part, "config", None), "model_type", None)
+        if name and isinstance(part, PreTrainedModel) and find_architecture(model_type or "") is not None:
+            return name
+    return None
+
+
+def _path(name: str) -> str:
+    """A submodule's name as Python says it."""
+    return "".join(f"[{part}]" if part.isdecimal() else f".{part}" for part in name.split("."))
 
 
 @contextmanager
@@ -146,6 +175,7 @@ def _describe(model: Any, name: str, layers: list[nn.Module], spec: Architecture
             layerdrop=layer_spec.layerdrop(model.config) > 0,
             post_norm=layer_spec.post_norm(model.config),
             in_turn=layer_spec.in_turn(model.config),
+            under_peft=is_peft(model),
         )
 
 
@@ -223,16 +253,42 @@ def is_peft(model: Any) -> bool:
     return hasattr(model, "peft_config")
 
 
-def modules_to_train(model: Any, spec: ArchitectureSpec, config: MeftConfig) -> tuple[str, ...]:
-    """Names of the modules that train whole; by default a task head that is no language-model head."""
+def modules_to_train(
+    model: PreTrainedModel, lists: list[LayerList], spec: ArchitectureSpec, config: MeftConfig
+) -> tuple[str, ...]:
+    """Names of what trains whole: modules, and parameters that are in none of them.
+
+    By default what pretraining did not make: a task head that is no language-model head, and what a class of the user's
+    own adds to transformers' models.
+
+    Raises:
+        ValueError: ``modules_to_save`` names what is not there.
+        UnsupportedModelError: it cannot be told what of the model is new.
+    """
     if config.modules_to_save is not None:
         names = config.modules_to_save
-        known = {name for name, _ in model.named_modules()}
+        known = {name for name, _ in (*model.named_modules(), *model.named_parameters(remove_duplicate=False))}
         if unknown := [name for name in names if name not in known]:
-            raise ValueError(f"modules_to_save: the model has no module {', '.join(unknown)}")
+            raise ValueError(f"modules_to_save: the model has no module or parameter {', '.join(unknown)}")
         return names
     if config.adapters == "none" or is_peft(model):
         return ()
+    heads = _task_heads(model, spec)
+    parent = _class_in_transformers(model)
+    if parent is None or parent is type(model):
+        return heads
+    theirs = _parts_of(parent, model)
+    modules = dict(model.named_modules())
+    added = _added(model, theirs)
+    if added:
+        owners = {name for name, part in model.named_modules() if any(part is target.owner for target in lists)}
+        inner = [f"{owner}.{name}" for owner in sorted(owners - {""}) for name in spec.head_modules]
+        added += [name for name in inner if name in modules and _has_parameters(modules[name])]
+    return tuple(dict.fromkeys((*(name for name in heads if name.partition(".")[0] in theirs), *added)))
+
+
+def _task_heads(model: Any, spec: ArchitectureSpec) -> tuple[str, ...]:
+    """Heads of transformers' own classes that are new: names of modules, and of parameters beside them."""
     modules = dict(model.named_modules())
     base = getattr(model, "base_model", model)
     if base is model or model.get_output_embeddings() is not None:
@@ -240,5 +296,59 @@ def modules_to_train(model: Any, spec: ArchitectureSpec, config: MeftConfig) -> 
     heads = [name for name, child in model.named_children() if child is not base]
     inner = [f"{model.base_model_prefix}.{name}" for name in spec.head_modules]
     # Some heads come without the pooler (token classification), some have nothing to train.
-    present = [name for name in (*heads, *inner) if name in modules]
-    return tuple(name for name in present if next(modules[name].parameters(), None) is not None)
+    present = [name for name in (*heads, *inner) if name in modules and _has_parameters(modules[name])]
+    return (*present, *(name for name, parameter in model._parameters.items() if parameter is not None))
+
+
+def _has_parameters(module: nn.Module) -> bool:
+    return next(module.parameters(), None) is not None
+
+
+def _class_in_transformers(model: nn.Module) -> type[PreTrainedModel] | None:
+    """The model's class, or the nearest one that it inherits from, among transformers' models."""
+    return next((cls for cls in type(model).__mro__ if cls.__module__.startswith("transformers.models.")), None)
+
+
+def _parts_of(cls: type[PreTrainedModel], model: PreTrainedModel) -> set[str]:
+    """What a model of this class has, by its own names for it: its children and its own parameters."""
+    try:
+        with torch.device("meta"), torch.random.fork_rng(devices=[]):
+            plain = cls(copy.deepcopy(model.config))
+    except Exception as error:
+        raise UnsupportedModelError(
+            f"what {type(model).__name__} adds to {cls.__name__} is to be trained, and cannot be told, since "
+            f"{cls.__name__}(config) fails ({error}): name it in modules_to_save=(...)"
+        ) from error
+    return {*plain._modules, *plain._parameters}
+
+
+def _added(model: PreTrainedModel, theirs: set[str]) -> list[str]:
+    """What the model has beside these parts and beside pretrained models: names of the largest parts that train whole.
+
+    Parts that do not train, among others that do, stay as they are.
+    """
+    any_trains = any(parameter.requires_grad for parameter in model.parameters())
+
+    def trains(parameter: nn.Parameter) -> bool:
+        return parameter.requires_grad or not any_trains
+
+    def inside(module: nn.Module, prefix: str, leave_out: set[str]) -> list[str]:
+        own = module._parameters.items()
+        found = [f"{prefix}{name}" for name, p in own if p is not None and name not in leave_out and trains(p)]
+        for name, child in module.named_children():
+            if name in leave_out or isinstance(child, PreTrainedModel) or not _has_parameters(child):
+                continue
+            pretrained = any(isinstance(part, PreTrainedModel) for part in child.modules())
+            if not pretrained and all(map(trains, child.parameters())):
+                found.append(f"{prefix}{name}")
+            else:
+                found += inside(child, f"{prefix}{name}.", set())
+        return found
+
+    return inside(model, "", theirs)
+
+
+def parts_named(model: nn.Module, names: Iterable[str]) -> list[nn.Module | nn.Parameter]:
+    """The modules and parameters of these names."""
+    modules = dict(model.named_modules())
+    return [modules[name] if name in modules else model.get_parameter(name) for name in names]

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from .engine.stack import ReversibleStack
+from .errors import PatchError
 
 logger = logging.getLogger(__name__)
 _SWITCH = "_set_gradient_checkpointing"
@@ -27,7 +28,18 @@ class LeaveOutReversible:
         self._stacks = stacks
 
     def __call__(self, *args: Any, **kwargs: Any) -> None:
-        """Set every flag as transformers does, and take those of the reversible layers back."""
+        """Set every flag as transformers does, and take those of the reversible layers back.
+
+        Raises:
+            PatchError: nothing in the model trains, as after PEFT's preparation of a quantised one.
+        """
+        adapters = self._stacks[0].layers[0].adapters
+        if adapters and not any(parameter.requires_grad for parameter in self._model.parameters()):
+            raise PatchError(
+                "everything in this model was frozen after patch, its adapters too: peft's "
+                "prepare_model_for_kbit_training does that. Leave it out (patch freezes what is to be frozen, and "
+                "keeps no activations), or call it, and get_peft_model, before patch"
+            )
         getattr(type(self._model), _SWITCH)(self._model, *args, **kwargs)
         found = False
         for stack in self._stacks:

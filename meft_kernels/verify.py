@@ -14,8 +14,9 @@ from torch import nn
 
 from .config import Engine
 from .engine.replay import seeded
+from .engine.surroundings import buffers_kept
 from .errors import ReversibleUsageError
-from .state import PatchState, fraction_bits_of, require_state, unwrap
+from .state import PatchState, between_passes, fraction_bits_of, require_state, unwrap
 from .switching import disable_adapter
 
 Batch = Mapping[str, Any]
@@ -123,6 +124,7 @@ def calibrate(model: nn.Module, batch: Batch) -> tuple[int | None, ...]:
     return fraction_bits_of(state)
 
 
+@between_passes
 def verify(model: nn.Module, batch: Batch) -> VerifyReport:
     """Run one batch both ways and hold every layer's rebuilt input and every gradient against the reference.
 
@@ -194,11 +196,11 @@ def verify(model: nn.Module, batch: Batch) -> VerifyReport:
 
 @contextmanager
 def _left_as_it_was(model: nn.Module) -> Iterator[None]:
-    """Put gradients, random state and train or eval mode back afterwards."""
+    """Put gradients, buffers, random state and train or eval mode back afterwards."""
     gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
     modes = [(module, module.training) for module in model.modules()]
     try:
-        with seeded(0, next(model.parameters()).device):
+        with buffers_kept(model), seeded(0, next(model.parameters()).device):
             yield
     finally:
         for parameter, gradient in gradients:

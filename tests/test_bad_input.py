@@ -57,7 +57,7 @@ def assert_unchanged(model: nn.Module, before: tuple[Any, ...]) -> None:
         ({"up_init_std": -1.0}, "up_init_std"),
         ({"frozen_layers": 3}, "leaves none of the 3 layers"),
         ({"frozen_layers": 1, "reversible_layers": 3}, "reversible_layers=3"),
-        ({"modules_to_save": ("nothing",)}, "no module nothing"),
+        ({"modules_to_save": ("nothing",)}, "no module or parameter nothing"),
         ({"modules_to_save": "lm_head"}, "for one write"),
     ],
 )

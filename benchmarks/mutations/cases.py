@@ -231,8 +231,8 @@ RECOMPUTES = (
     Mutation(
         "autocast is not restored",
         _CALL,
-        "with self.tape.autocast.restored(), torch.enable_grad():",
-        "with torch.enable_grad():",
+        "self.tape.autocast.restored(), torch.enable_grad():",
+        "torch.enable_grad():",
         ("test_precision.py",),
     ),
     Mutation(
@@ -252,8 +252,8 @@ RECOMPUTES = (
     Mutation(
         "calibration fills the user's KV cache",
         "engine/stack.py",
-        "kwargs = {**kwargs, **copy.deepcopy(caches_in(kwargs))}",
-        "kwargs = {**kwargs}",
+        "call.repeat(copies_of_caches(call.named))",
+        "call.repeat({})",
         ("test_verify.py",),
     ),
     Mutation(
@@ -368,9 +368,9 @@ GRADIENTS = (
     ),
     Mutation(
         "arguments get no gradient",
-        "engine/arguments.py",
-        "if not tensor.requires_grad:",
-        "if tensor is not None:",
+        "engine/surroundings.py",
+        "        self._arguments.append(tensor)\n        if not tensor.requires_grad:",
+        "        self._arguments.append(tensor)\n        if tensor is not None:",
         ("test_engine.py", "-k", "cross_attention"),
     ),
     Mutation(
@@ -386,14 +386,14 @@ REFUSALS = (
     Mutation(
         "a second backward goes through",
         _STEP,
-        "if tape.position != self.position + 1:",
+        "if position != self.position + 1:",
         "if False:",
         ("test_bad_input.py", "-k", "second_backward"),
     ),
     Mutation(
         "parameters that are gone are not missed",
-        _STEP,
-        "        self.call.check_parameters()\n",
+        "engine/surroundings.py",
+        "        self._check()\n",
         "",
         ("test_bad_input.py", "-k", "parameters_gone"),
     ),
@@ -407,7 +407,7 @@ REFUSALS = (
     Mutation(
         "a layer may write into its own input",
         _CALL,
-        "if version is not None and x._version != version:",
+        "if version_of(x) != version:",
         "if False:",
         ("test_inplace.py", "-k", "into_its_input"),
     ),
@@ -435,7 +435,7 @@ REFUSALS = (
     Mutation(
         "a loss that is kept keeps the arguments",
         _STEP,
-        "        self.call.kwargs, self.call.inputs = {}, []\n",
+        "        self.call.forget()\n",
         "",
         ("test_engine.py", "-k", "kept_after_backward"),
     ),

@@ -14,9 +14,10 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from ..config import MeftConfig
 from ..engine.layer import ADAPTERS
 from ..errors import AdapterFileError, PatchError
-from ..patching import Model, check_same_settings, patch, unpatch
+from ..patching import Model, check_same_settings, patch
+from ..rollback import all_or_nothing
 from ..state import DEFAULT_ADAPTER, PatchState, find_state, require_state, unwrap
-from ..switching import ADAPTER_SETTINGS, activated, add_slot, delete_adapter
+from ..switching import ADAPTER_SETTINGS, activated, add_slot
 from ..unfrozen import adopt
 from .base_model import are_checksums, check_base, is_fingerprint
 from .files import CONFIG_NAME, FORMAT, WEIGHTS_NAME, is_extra_state, read_json, read_shapes, read_tensors, saved_names
@@ -77,38 +78,34 @@ def load_adapter(model: Model, directory: str | os.PathLike[str], adapter_name: 
         raise AdapterFileError(f"{folder / CONFIG_NAME}: {error}") from error
     _check_rank(folder, config)
     state = find_state(model)
-    if state is None:
-        # How this process runs the model is its own business: Triton's adapters load without Triton.
-        here = MeftConfig(variant=config.variant, coupling=config.coupling, arithmetic=config.arithmetic)
-        try:
-            patch(model, _with_own(config, here, _RUN_SETTINGS))
-        except ValueError as error:
-            raise AdapterFileError(f"{folder / CONFIG_NAME}: {error}") from error
-        try:
+    with all_or_nothing(model, () if state is None else state.parts()) as changes:
+        if state is None:
+            _patch_as_saved(model, folder, config)
             state = require_state(model)
             state.active = adapter_name or DEFAULT_ADAPTER
-            _load_weights(base, state, folder, description)
-        except BaseException:
-            unpatch(model)
-            raise
-        return model
-    name = adapter_name or state.active
-    if new := name not in state.adapter_names:
-        own = _with_own(config, state.config, _RUN_SETTINGS)
-        check_same_settings(
-            state.config, dataclasses.replace(own, **{s: getattr(state.config, s) for s in ADAPTER_SETTINGS})
-        )
-        add_slot(model, name, own)
-    try:
+            _load_weights(base, state, folder, description, changes)
+            return model
+        name = adapter_name or state.active
+        if new := name not in state.adapter_names:
+            own = _with_own(config, state.config, _RUN_SETTINGS)
+            check_same_settings(
+                state.config, dataclasses.replace(own, **{s: getattr(state.config, s) for s in ADAPTER_SETTINGS})
+            )
+            add_slot(model, name, own)
         with activated(model, name):
             if not new:
                 check_same_settings(state.config, _with_own(config, state.config, (*_RUN_SETTINGS, *_START_SETTINGS)))
-            _load_weights(base, state, folder, description)
-    except BaseException:
-        if new:
-            delete_adapter(model, name)
-        raise
-    return model
+            _load_weights(base, state, folder, description, changes)
+        return model
+
+
+def _patch_as_saved(model: nn.Module, folder: Path, config: MeftConfig) -> None:
+    """How this process runs the model is its own business: Triton's adapters load without Triton."""
+    here = MeftConfig(variant=config.variant, coupling=config.coupling, arithmetic=config.arithmetic)
+    try:
+        patch(model, _with_own(config, here, _RUN_SETTINGS))
+    except ValueError as error:
+        raise AdapterFileError(f"{folder / CONFIG_NAME}: {error}") from error
 
 
 def read_description(folder: Path) -> dict[str, Any]:
@@ -165,7 +162,9 @@ def _with_own(config: MeftConfig, here: MeftConfig, own: tuple[str, ...]) -> Mef
     return dataclasses.replace(config, **{name: getattr(here, name) for name in own})
 
 
-def _load_weights(base: nn.Module, state: PatchState, folder: Path, description: dict[str, Any]) -> None:
+def _load_weights(
+    base: nn.Module, state: PatchState, folder: Path, description: dict[str, Any], changes: all_or_nothing
+) -> None:
     path = folder / WEIGHTS_NAME
     found = read_tensors(path)
     parts = description.get("parts") or {}
@@ -184,7 +183,7 @@ def _load_weights(base: nn.Module, state: PatchState, folder: Path, description:
         _check_tensor(base, path, key, name, found[key], targets[name])
         if parts.get(key) and not isinstance(targets[name], nn.Parameter):
             raise AdapterFileError(f"{folder / CONFIG_NAME} says that {key} trains, which is no parameter")
-    # Nothing was changed so far, and nothing can fail from here on.
+    changes.keep(targets[name] for key, name in names.items() if not is_extra_state(key))
     frozen = [key for key, trains in parts.items() if not trains]
     other = [key for key in frozen if state.inactive and not _is_equal(targets[names[key]], found[key])]
     adopt(base, state, [names[key] for key, trains in parts.items() if trains or key in other])

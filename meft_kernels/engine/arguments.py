@@ -1,17 +1,14 @@
-"""The arguments of a layer's call: the KV caches among them, and what of them needs a gradient."""
+"""The arguments of a layer's call: the KV caches among them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import copy
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
-from torch import nn
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_leaves
 from transformers.cache_utils import Cache
-
-from ..modules import parameters_of
-from .replay import no_leaf
 
 _CACHE_NAMES = ("cache", "past_key_values", "past_key_value", "layer_past")
 """Names under which a layer is handed a KV cache; transformers 5.24 took a new one."""
@@ -36,30 +33,18 @@ def cached_tensors(kwargs: dict[str, Any]) -> Iterator[torch.Tensor]:
             yield from (leaf for leaf in tree_leaves(held) if isinstance(leaf, torch.Tensor))
 
 
+def copies_of_caches(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Copies of a call's KV caches, to be filled for a trial; what they hold may have been computed, as a prefix is."""
+    memo = {id(tensor): tensor.detach().clone() for tensor in cached_tensors(kwargs)}
+    return copy.deepcopy(caches_in(kwargs), memo)
+
+
+def gives_gradient(values: Iterable[Any]) -> bool:
+    """Whether any of them is a tensor that needs a gradient."""
+    return any(isinstance(value, torch.Tensor) and value.requires_grad for value in values)
+
+
 def without_cache(kwargs: dict[str, Any]) -> dict[str, Any]:
     """The arguments of a recompute, which must not append to a KV cache."""
     caches = caches_in(kwargs)
     return {name: value for name, value in kwargs.items() if name not in caches and name != "use_cache"}
-
-
-def differentiable(
-    module: nn.Module, kwargs: dict[str, Any]
-) -> tuple[list[torch.Tensor], list[torch.Tensor], dict[str, Any]]:
-    """What of a layer call needs a gradient besides the streams.
-
-    Returns:
-        The tensors themselves; the leaves to differentiate by (parameters stand for themselves, arguments for detached
-        copies); and ``kwargs`` with those copies in place.
-    """
-    tensors: list[torch.Tensor] = [parameter for parameter in parameters_of(module) if parameter.requires_grad]
-    leaves = list(tensors)
-
-    def detach(tensor: torch.Tensor) -> torch.Tensor:
-        if not tensor.requires_grad:
-            return tensor
-        leaf = tensor.detach().requires_grad_()
-        tensors.append(tensor)
-        leaves.append(leaf)
-        return no_leaf(leaf)
-
-    return tensors, leaves, tree_map_only(torch.Tensor, detach, kwargs)

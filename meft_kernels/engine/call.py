@@ -13,10 +13,11 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from ..adapters import FusedBranch
 from ..errors import ReversibleUsageError
-from ..modules import parameters_of
 from .extras import Extras
+from .graph import gradients_of, guarded_leaf_of, reached_by
 from .pieces import AttentionInPieces, Seeds
 from .replay import no_leaf, seeded
+from .surroundings import Surroundings, version_of
 from .tape import Tape
 from .tiles import Tile
 from .variants import Branch, Plan
@@ -76,16 +77,28 @@ class Call:
         layer: whose call.
         tape: of the pass.
         kwargs: the call's arguments beside the hidden states, by name.
+        found: what the call found in its module; None where no gradients are recorded, or autograd itself does it.
         inputs: tensors besides the streams that need a gradient: parameters, and leaves that stand in ``kwargs`` for
             the arguments that need one.
+        reached: places in ``inputs`` of those that forward was seen to take part in.
         extras: what the layer returned beside its hidden states.
     """
 
     layer: Layer
     tape: Tape
     kwargs: dict[str, Any]
-    inputs: list[torch.Tensor]
+    found: Surroundings | None = None
+    inputs: list[torch.Tensor] = field(init=False)
+    reached: set[int] = field(default_factory=set)
     extras: Extras = field(default_factory=Extras)
+
+    def __post_init__(self) -> None:
+        self.inputs = [] if self.found is None else self.found.leaves
+        self._places = {id(tensor): place for place, tensor in enumerate(self.inputs)}
+
+    def forget(self) -> None:
+        """Let go of what backward has used."""
+        self.kwargs, self.found, self.inputs, self._places = {}, None, [], {}
 
     def watched(self, function: Callable[[torch.Tensor], Any], x: torch.Tensor, seed: int | None, where: str) -> Any:
         """``function(x)`` under random numbers of its own.
@@ -93,16 +106,59 @@ class Call:
         Raises:
             ReversibleUsageError: it wrote into ``x``, which others read.
         """
-        version = None if x.is_inference() else x._version
+        version = version_of(x)
         with seeded(seed, x.device):
             made = function(x)
-        if version is not None and x._version != version:
+        if version_of(x) != version:
             raise ReversibleUsageError(f"{where} wrote into its own input, which others read: let it work on a copy")
         return made
 
+    def entering(self, tensor: torch.Tensor, recording: bool) -> torch.Tensor:
+        """The tensor's values as the input of a branch in forward, whose graph is dropped."""
+        if not recording:
+            return tensor.detach()
+        return no_leaf(guarded_leaf_of(tensor, self.layer.name))
+
+    def note(self, outputs: Sequence[Any], entered: Sequence[torch.Tensor]) -> None:
+        """Take note of which ``inputs`` take part in what a branch made of ``entered``.
+
+        Raises:
+            ReversibleUsageError: something else does that needs a gradient.
+        """
+        if self.found is None:
+            return
+        computed = self.found.computed()
+        begun = {x.grad_fn for x in entered if x.grad_fn is not None}
+        made = [output for output in outputs if isinstance(output, torch.Tensor)]
+        for node in reached_by(made, begun | computed.keys()):
+            leaf = computed[node] if node in computed else getattr(node, "variable", None)
+            place = self._places.get(id(leaf))
+            if place is not None:
+                self.reached.add(place)
+            elif node not in begun and not any(leaf is x for x in entered):
+                self._refuse_foreign(leaf)
+
+    def _refuse_foreign(self, leaf: torch.Tensor | None) -> None:
+        what = "a tensor" if leaf is None else f"a tensor of shape {tuple(leaf.shape)}"
+        raise ReversibleUsageError(
+            f"{what} that needs a gradient takes part in {self.layer.name}, of which it is neither a parameter nor an "
+            "argument (a hook or an object among the arguments holds it, or another layer): a reversible layer would "
+            "give it none. Register it in the layer, detach() it, or patch(model, engine='autograd')."
+        )
+
+    def check_reached(self, gradients: Gradients) -> None:
+        """Raise if something that took part in forward did not in the recompute: it would get no gradient."""
+        for place in self.reached:
+            if gradients[place] is None and self.found is not None:
+                raise ReversibleUsageError(
+                    f"{self.found.name_of(self.inputs[place])} of {self.layer.name} took part in forward and not in "
+                    "its recompute, so it has no gradient: an adapter was merged, switched or disabled between forward "
+                    "and backward. Run backward first; drop the gradients of this step (optimizer.zero_grad())."
+                )
+
     @contextmanager
     def again(self) -> Iterator[None]:
-        """A recompute's surroundings: adapters and autocast as in forward, and gradients recorded.
+        """What a recompute runs under: adapters and autocast as in forward, and gradients recorded.
 
         Not for the backward through it, whose products autocast would round.
         """
@@ -124,42 +180,18 @@ class Call:
         roots = [(edge, gradient) for edge, gradient in zip(edges, incoming, strict=True) if edge is not None]
         if not roots or not (leaves or self.inputs):
             return [None] * len(leaves)
-        found = torch.autograd.grad(
-            [edge for edge, _ in roots], [*leaves, *self.inputs], [gradient for _, gradient in roots], allow_unused=True
-        )
+        found = gradients_of([edge for edge, _ in roots], [*leaves, *self.inputs], [gradient for _, gradient in roots])
         self.collect(zip(self.inputs, found[len(leaves) :], strict=True), gradients)
         return list(found[: len(leaves)])
 
     def collect(self, found: Iterable[tuple[torch.Tensor, torch.Tensor | None]], gradients: Gradients) -> None:
         """Add gradients, each with its tensor, to those of ``inputs``."""
-        places = {id(tensor): place for place, tensor in enumerate(self.inputs)}
         for tensor, gradient in found:
-            place = places.get(id(tensor))
+            place = self._places.get(id(tensor))
             if place is None or gradient is None:
                 continue
             held = gradients[place]
             gradients[place] = gradient if held is None else held + gradient
-
-    def check_parameters(self) -> None:
-        """The recompute must reach the parameters that forward recorded, or they would silently get no gradient."""
-        present = {id(parameter) for parameter in parameters_of(self.layer.module)}
-        for parameter in self.inputs:
-            if isinstance(parameter, nn.Parameter) and not (id(parameter) in present and parameter.requires_grad):
-                raise ReversibleUsageError(
-                    f"trainable parameters of {self.layer.name} were replaced or frozen between forward and backward "
-                    "(unpatch, another adapter switched on or off, a module swapped, functional_call): "
-                    "run backward first"
-                )
-
-
-def leaf_of(tensor: torch.Tensor, wanted: bool = True) -> torch.Tensor:
-    """The tensor's values, to differentiate by."""
-    return tensor.detach().requires_grad_(wanted)
-
-
-def entering(tensor: torch.Tensor, wanted: bool = True) -> torch.Tensor:
-    """The same as an input that nobody differentiates by, as a forward records it."""
-    return no_leaf(leaf_of(tensor, wanted))
 
 
 def edge_of(output: torch.Tensor) -> GradientEdge | None:

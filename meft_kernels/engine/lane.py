@@ -10,12 +10,14 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
+from torch.utils._pytree import tree_leaves
 
 from ..memory import shortened
 from ..ops import Coupled
 from .branch import LaneBranch
-from .call import Call, Gradients, edge_of, entering, leaf_of
+from .call import Call, Gradients, edge_of
 from .extras import Extras
+from .graph import leaf_of
 from .pieces import AttentionInPieces
 from .remainders import Remainders
 from .replay import no_leaf
@@ -118,33 +120,47 @@ class LanePass:
         With ``recording`` it runs with grad enabled although its graph is dropped at once: kernels may be chosen by it,
         and the recompute in backward needs it.
         """
+        call = self.call
         if len(self.branch.tiles) == 1:
             with torch.set_grad_enabled(recording):
-                branch, extras = self.branch.whole(entering(center_value, recording))
-            self._keep(extras)
+                x = call.entering(center_value, recording)
+                branch, extras = self.branch.whole(x)
+            self._keep(extras, [branch], x)
+            del x
             yield self.branch.tiles[0], branch.detach()
             return
         if self.lane.branch == "layer":
-            self.call.layer.check_blocks(center_value, self.call.kwargs, self.branch.seed())
+            call.layer.check_blocks(center_value, call.kwargs, self.branch.seed())
         pieces = self.branch.pieces
         if pieces is not None:
-            attended = pieces.attend(self.branch.tiles, lambda tile: tile.of(center_value), recording=recording)
+            attended = pieces.attend(
+                self.branch.tiles,
+                lambda tile: call.entering(tile.of(center_value), recording),
+                recording=recording,
+                note=call.note,
+            )
         else:
             with torch.set_grad_enabled(recording):
-                mixed, extras = self.branch.mixed(entering(center_value, recording))
-            self._keep(extras)
+                x = call.entering(center_value, recording)
+                mixed, extras = self.branch.mixed(x)
+            self._keep(extras, [mixed], x)
+            del x
             mixed = mixed.detach()
             del extras
         for number, tile in shortened(list(enumerate(self.branch.tiles))):
             with torch.set_grad_enabled(recording):
-                x = entering(tile.of(center_value if pieces else mixed), recording)
-                context = entering(attended.of(tile), recording) if pieces else None
-                out = self.branch.rows(number, x, pieces, context).detach()
+                x = call.entering(tile.of(center_value if pieces else mixed), recording)
+                context = call.entering(attended.of(tile), recording) if pieces else None
+                out = self.branch.rows(number, x, pieces, context)
+            call.note([out], [x] if context is None else [x, context])
             del x, context
+            out = out.detach()
             yield tile, out
             del out
 
-    def _keep(self, extras: tuple[Any, ...] | None) -> None:
+    def _keep(self, extras: tuple[Any, ...] | None, made: list[torch.Tensor], x: torch.Tensor) -> None:
+        """Take up what the layer returns beside its hidden states, and note what all of it is made of."""
+        self.call.note([*made, *tree_leaves(extras)], [x])
         if extras is not None:
             self.call.extras = Extras.of(extras)
 
@@ -340,7 +356,9 @@ class LanePass:
             return tape.arithmetic.value(tile.of(given.center), tape.dtype)
 
         with call.again():
-            attended = pieces.attend(self.branch.tiles, read, recording=True, keeping=True)
+            attended = pieces.attend(
+                self.branch.tiles, lambda tile: no_leaf(leaf_of(read(tile))), recording=True, keeping=True
+            )
         checksums = []
         for number, tile in self._undone():
             with call.again():

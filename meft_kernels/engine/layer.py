@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -19,8 +19,10 @@ from .arguments import caches_in, without_cache
 from .bound import BoundForward
 from .boxes import Boxes, put_back
 from .compiling import compiled_for, why_not_compiled
+from .exporting import WHY_NOT_COMPILED, exporting, record
 from .pieces import AttentionInPieces, Seeds, why_whole
 from .replay import seeded
+from .surroundings import buffers_kept
 from .tiles import WHOLE, Tile, auto_rows, cut
 from .variants import Branch, Plan
 
@@ -39,6 +41,7 @@ class Stack(Protocol):
     spec: LayerSpec
     plan: Plan
     config: MeftConfig
+    layers: list[PatchedLayer]
     in_turn: bool
 
     @property
@@ -86,6 +89,11 @@ class PatchedLayer(BoundForward):
         return self.stack.plan
 
     @property
+    def is_last(self) -> bool:
+        """Whether the streams are read out after it."""
+        return self is self.stack.layers[-1]
+
+    @property
     def adapters(self) -> dict[str, Adapter]:
         """The adapters in this layer, by name: ``ffn`` and ``stream``, or none."""
         return {} if self.adapter is None or self.tap is None else {"ffn": self.tap.adapter, "stream": self.adapter}
@@ -96,7 +104,7 @@ class PatchedLayer(BoundForward):
         getattr(self.module, ADAPTERS).update(adapters)
         self.adapter, self.tap.adapter = adapters["stream"], adapters["ffn"]
 
-    @torch.compiler.disable  # a compiled forward and an eager recompute would differ in their bits
+    @torch.compiler.disable(reason=WHY_NOT_COMPILED)
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The layer's call."""
         if self.stack.bypassed:
@@ -109,7 +117,8 @@ class PatchedLayer(BoundForward):
             if self.tap is not None:
                 self.tap.follow(self.spec.ffn_reads(self.module), self.spec.ffn_writes(self.module))
             boxes = self._boxes.open(kwargs)
-            hidden_states, extras = self.stack.run(self, hidden_states, kwargs)
+            run = record if exporting() else self.stack.run
+            hidden_states, extras = run(self, hidden_states, kwargs)
             extras = put_back(boxes, extras)
         except BaseException:
             self.stack.abandon()
@@ -131,7 +140,7 @@ class PatchedLayer(BoundForward):
         blocks = self.spec.attention_block, self.spec.mlp_block
         if not all(block.__module__.startswith(_PACKAGE) for block in blocks):
             call = without_cache(kwargs)
-            with torch.no_grad():
+            with torch.no_grad(), buffers_kept(self.module):
                 with seeded(seed, hidden_states.device):
                     expected = self.original(hidden_states, **call)
                 with seeded(seed, hidden_states.device):
@@ -240,7 +249,7 @@ class PatchedLayer(BoundForward):
 
     def with_adapters(self) -> AbstractContextManager[None]:
         """For a block, what a recompute finds: a pass has its adapters, wherever its backward runs."""
-        return self.stack.bypass(False)
+        return self.stack.bypass(False) if self.stack.bypassed else nullcontext()
 
     def _call(self, function: Callable[..., Any], hidden_states: torch.Tensor, kwargs: dict[str, Any]) -> Any:
         """A piece of the pretrained layer, compiled if that was asked for.

@@ -13,10 +13,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.autograd.function import once_differentiable
 
 from ..memory import shortened
 from ..modules import modules_of
+from .exporting import exporting
+from .graph import gradients_of
 from .tiles import auto_rows
 
 
@@ -30,9 +31,12 @@ class _ByRows(torch.autograd.Function):
         return norm.by_rows(x, rows)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (x,) = ctx.saved_tensors
+        if torch.is_grad_enabled():  # create_graph=True, which is to go through the formula itself
+            wanted = [x, *ctx.parameters] if x.requires_grad else list(ctx.parameters)
+            made = torch.autograd.grad(ctx.norm.plain(x), wanted, dy, create_graph=True)
+            return (made[0], None, None, *made[1:]) if x.requires_grad else (None, None, None, *made)
         dx = torch.empty_like(x)
         totals: list[torch.Tensor] | None = None
         parts = list(zip(x.split(ctx.rows), dy.split(ctx.rows), dx.split(ctx.rows), strict=True))
@@ -40,7 +44,7 @@ class _ByRows(torch.autograd.Function):
             with torch.enable_grad():
                 leaf = part.detach().requires_grad_()
                 out = ctx.norm.plain(leaf)
-            found, *of_parameters = torch.autograd.grad(out, [leaf, *ctx.parameters], incoming)
+            found, *of_parameters = gradients_of([out], [leaf, *ctx.parameters], [incoming], allow_unused=False)
             target.copy_(found)
             totals = of_parameters if totals is None else [a + b for a, b in zip(totals, of_parameters, strict=True)]
             del leaf, out, found
@@ -84,7 +88,8 @@ class LeanNorm:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The norm's call; anything but one tensor of more rows than a tile has goes to the norm as it was."""
         rows = self.rows
-        if len(args) == 1 and not kwargs and isinstance(args[0], torch.Tensor) and not torch.compiler.is_compiling():
+        recorded = torch.compiler.is_compiling() or exporting()
+        if len(args) == 1 and not kwargs and isinstance(args[0], torch.Tensor) and not recorded:
             x = args[0]
             rows = auto_rows(x.device) if rows is None else rows
             if x.dim() > 1 and x.shape[-1] and x.numel() // x.shape[-1] > rows:

@@ -12,15 +12,16 @@ import torch
 from ..config import MeftConfig
 from ..errors import ReversibleUsageError
 from ..notices import warn_once
-from .arguments import caches_in, differentiable, without_cache
+from .arguments import cached_tensors, caches_in, gives_gradient, without_cache
 from .arithmetic import Arithmetic
 from .between import Seam, check_graph, hand_on, hooks_between, may_look, take_up
 from .layer import PatchedLayer
-from .refusals import refuse_checkpointing, refuse_filled_cache
+from .refusals import refuse_checkpointing, refuse_filled_cache, refuse_transforms
 from .remainders import HostMemory
 from .replay import draw_seed
 from .reversible import Enter, Exit, Reversible
 from .step import Step
+from .surroundings import Surroundings, version_of
 from .tape import Counts, Observer, Tape
 from .variants import Plan
 
@@ -128,22 +129,22 @@ class Passes:
         drops = self._stack.layerdrop and layer.module.training
         current = self._pass_at(layer, hidden_states, drops)
         hidden_states = current.main  # what the recompute will see: as quantised, and no read-out
-        tensors, leaves, detached = differentiable(layer.module, kwargs)
-        if not torch.is_grad_enabled() or not (tensors or current.main.requires_grad):
-            step = Step(layer, current.tape, kwargs, [])
+        found = Surroundings(layer.module, layer.name, kwargs) if torch.is_grad_enabled() else None
+        if found is None or not (found.trained or current.main.requires_grad or gives_gradient(cached_tensors(kwargs))):
+            step = Step(layer, current.tape, kwargs)
             current.main = step.forward(hidden_states, recording=False)
             extras = step.extras.take()
         elif current.graph or self._keeps_activations(layer, kwargs):
             if not current.graph:
                 current.tape, current.graph = current.tape.fork(), True
-            step = Step(layer, current.tape, kwargs, [])
+            step = Step(layer, current.tape, kwargs)
             current.other, current.main, extras = step.forward_with_graph(current.other, hidden_states)
         else:
             if current.tape.first_recorded is None:
                 current.tape.first_recorded = current.tape.position
             refuse_filled_cache(kwargs, layer.index)
-            step = Step(layer, current.tape, without_cache(detached), leaves)
-            current.other, current.main, *made = Reversible.apply(step, current.other, hidden_states, *tensors)
+            step = Step(layer, current.tape, without_cache(found.kwargs), found)
+            current.other, current.main, *made = Reversible.apply(step, current.other, hidden_states, *found.trained)
             extras = step.extras.take(made)
             if current.tape.observer is not None:
                 current.tape.observer.saved(layer.index, step.saved_bytes)
@@ -204,6 +205,7 @@ class Passes:
             current.other, current.main = take_up(current.seam, given, current.main, current.tape)
 
     def _start(self, hidden_states: torch.Tensor) -> Pass:
+        refuse_transforms()
         way = self.way
         if way is None and self._stack.arithmetic is not None:
             way = Way(self._stack.arithmetic, self._stack.observer)
@@ -270,8 +272,3 @@ class Passes:
             )
             return True
         return False
-
-
-def version_of(tensor: torch.Tensor) -> int | None:
-    """Changes whenever the tensor is written to."""
-    return None if tensor.is_inference() else tensor._version

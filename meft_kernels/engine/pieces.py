@@ -8,7 +8,7 @@ the gradients of queries, keys and values are written over them.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -17,7 +17,8 @@ from torch.utils._pytree import tree_map_only
 
 from ..architectures import AttentionPieces
 from ..memory import shortened
-from .replay import no_leaf, seeded
+from .graph import gradients_of
+from .replay import seeded
 from .tiles import Tile, joined
 
 MAX_GROUPS = 8
@@ -90,19 +91,28 @@ class AttentionInPieces:
         return max(groups for groups in range(1, most + 1) if shared % groups == 0)
 
     def attend(
-        self, tiles: list[Tile], read: Callable[[Tile], torch.Tensor], *, recording: bool, keeping: bool = False
+        self,
+        tiles: list[Tile],
+        enter: Callable[[Tile], torch.Tensor],
+        *,
+        recording: bool,
+        keeping: bool = False,
+        note: Callable[[Sequence[torch.Tensor], Sequence[torch.Tensor]], None] | None = None,
     ) -> Attended:
-        """Attention over all rows, whose values ``read`` gives tile by tile.
+        """Attention over all rows, which ``enter`` gives tile by tile as inputs of a graph.
 
         Args:
             recording: whether to run with gradients recorded.
             keeping: whether attention's own graph is kept for :meth:`Attended.backward`.
+            note: sees what each piece gives, and from what.
         """
         qkv: list[torch.Tensor] = []
         for number, tile in shortened(list(enumerate(tiles))):
-            x = read(tile)
             with torch.set_grad_enabled(recording):
-                made = self.project(number, tile, no_leaf(x.detach().requires_grad_(recording)))
+                x = enter(tile)
+                made = self.project(number, tile, x)
+            if note is not None:
+                note(made, [x])
             if not qkv:
                 batch, tokens = _shape(tiles)
                 qkv = [
@@ -118,6 +128,8 @@ class AttentionInPieces:
             parts = [_heads(part, group, groups).detach().requires_grad_(recording) for part in qkv]
             with torch.set_grad_enabled(recording):
                 out = self.core(group, parts)
+            if note is not None:
+                note([out], parts)
             attended.add(out, parts if keeping else None)
             del out, parts
         if not keeping:
@@ -174,7 +186,7 @@ class Attended:
         self.outputs = []
         while self._graphs:
             edge, parts = self._graphs.pop()
-            found = torch.autograd.grad(edge, parts, self._gradients.pop(), allow_unused=True)
+            found = gradients_of([edge], parts, [self._gradients.pop()])
             del edge
             for part, gradient in zip(parts, found, strict=True):
                 # By .data: the other groups' heads, which the same version counter stands for, are not touched.

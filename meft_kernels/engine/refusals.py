@@ -2,22 +2,74 @@
 
 from __future__ import annotations
 
-from typing import Any
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import nn
+from torch.autograd import forward_ad
+from torch.utils._pytree import tree_leaves
 
 from ..errors import ReversibleUsageError
-from .arguments import cached_tensors, caches_in
+from ..notices import warn_once
+from .arguments import cached_tensors, caches_in, gives_gradient
+
+logger = logging.getLogger(__name__)
 
 
-def refuse_replica(module: nn.Module) -> None:
-    """A copy that ``nn.DataParallel`` made of the model shares the patched layers with it."""
+class _Layer(Protocol):
+    """What is needed of a patched layer."""
+
+    @property
+    def adapters(self) -> Mapping[str, nn.Module]: ...
+
+
+def refuse_replica(module: nn.Module, _: Any = None) -> None:
+    """A copy that ``nn.DataParallel`` made of the model shares the patched layers with it. A forward pre-hook."""
     if getattr(module, "_is_replica", False):
         raise ReversibleUsageError(
             "nn.DataParallel is not supported, its replicas would compute with the first device's layers: "
             "launch with torchrun (DistributedDataParallel), or show one device (CUDA_VISIBLE_DEVICES=0)"
         )
+
+
+def refuse_transforms() -> None:
+    """``torch.func`` and forward-mode derivatives, which streams cannot carry."""
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        raise ReversibleUsageError(
+            "torch.func's transforms (grad, vmap, jvp, ...) and forward-mode derivatives do not go through a patched "
+            "model: use torch.autograd.grad, with engine='autograd' where create_graph=True is needed, or unpatch"
+        )
+
+
+def refuse_frozen_adapters(module: nn.Module, layers: Sequence[_Layer], *, under_peft: bool) -> None:
+    """In training, adapters that were all frozen after ``patch``: PEFT does so with whatever it finds, unasked.
+
+    Args:
+        module: the model whose forward loops over the layers.
+        layers: the patched ones.
+        under_peft: whether PEFT was there before; then the user has frozen them.
+
+    Raises:
+        ReversibleUsageError: PEFT was put on the model since.
+    """
+    if not (module.training and torch.is_grad_enabled()) or not layers[0].adapters:
+        return
+    if any(trains(adapter) for layer in layers for adapter in layer.adapters.values()):  # as a rule the first one does
+        return
+    if not under_peft and any(type(part).__module__.startswith("peft.") for part in module.modules()):
+        raise ReversibleUsageError(
+            "PEFT was put on this model after patch, and has frozen the adapters that patch inserted. Wrap first and "
+            "patch then: unpatch(model) and unload PEFT, get_peft_model(model, ...), and patch(model), where both "
+            "train, or patch(model, adapters='none'), where PEFT's alone does. A trainer's peft_config= comes too late"
+        )
+    warn_once(
+        logger,
+        "meft_kernels: the adapters that patch inserted have been frozen since, and do not train. If you did not mean "
+        "that: PEFT's wrappers and prepare_model_for_kbit_training freeze all that they find, so call them before "
+        "patch. A quantised model needs no preparation for patch.",
+    )
 
 
 def refuse_checkpointing(name: str, module: nn.Module) -> None:
@@ -38,8 +90,10 @@ def refuse_outputs(module: nn.Module, kwargs: dict[str, Any], *, reversible: boo
         reversible: whether any of its layers drops its activations.
         first: index of the first patched layer.
     """
-    prefix_trains = any(tensor.requires_grad for tensor in cached_tensors(kwargs))
-    if reversible and torch.is_grad_enabled() and (trains(module) or prefix_trains):
+    if not (reversible and torch.is_grad_enabled()):
+        return
+    prefix_trains = gives_gradient(cached_tensors(kwargs))
+    if prefix_trains or trains(module) or gives_gradient(tree_leaves(kwargs)):
         for name in ("output_hidden_states", "output_attentions", "output_router_logits"):
             if asked_for(name, module, kwargs):
                 raise ReversibleUsageError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import weakref
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -57,9 +58,8 @@ class HostMemory:
         self._free.setdefault(buffer.numel(), []).append(buffer)
 
     def _buffer(self, like: torch.Tensor) -> torch.Tensor:
-        free = self._free.get(like.numel())
-        if free:
-            return free.pop()
+        with suppress(KeyError, IndexError):  # asked first, another thread could take the last one meanwhile
+            return self._free[like.numel()].pop()
         with host_allocation():
             if like.device.type == "cuda" and self._pins:
                 try:

@@ -11,8 +11,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
 
+from ..errors import ReversibleUsageError
 from .step import Step
 from .tape import Tape
 
@@ -66,14 +66,32 @@ class Reversible(torch.autograd.Function):
         return carrier_of(step.tape.x1, step.tape.dtype), value, *step.extras.differentiable()
 
     @staticmethod
-    @once_differentiable
     def backward(
         ctx: Any, d_other: torch.Tensor, d_main: torch.Tensor, *d_extras: torch.Tensor
     ) -> tuple[torch.Tensor | None, ...]:
         handed_down = ctx.step.tape.handed_down
         owned = handed_down.owns(d_other), handed_down.owns(d_main)
         wants_input = any(ctx.needs_input_grad[1:3])
-        d_other_in, d_main_in, gradients = ctx.step.backward(
-            d_other, d_main, d_extras, owned=owned, wants_input=wants_input
+        with torch.no_grad():
+            d_other_in, d_main_in, gradients = ctx.step.backward(
+                d_other, d_main, d_extras, owned=owned, wants_input=wants_input
+            )
+        made = d_other_in, d_main_in, *gradients
+        if torch.is_grad_enabled():  # create_graph=True
+            made = _FirstDerivatives.apply(torch.ones((), requires_grad=True), *made)
+        return None, *made
+
+
+class _FirstDerivatives(torch.autograd.Function):
+    """Gradients of a layer, as tensors that have none of their own. ``anchor`` needs a gradient, so that they do."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: torch.Tensor, *gradients: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        return tuple(None if gradient is None else gradient.view_as(gradient) for gradient in gradients)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[None, ...]:
+        raise ReversibleUsageError(
+            "reversible layers have first derivatives only (gradient penalties, Hessian products and create_graph=True "
+            "want second ones): patch with engine='autograd'"
         )
-        return None, d_other_in, d_main_in, *gradients

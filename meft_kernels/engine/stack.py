@@ -7,7 +7,6 @@ last one reads it out.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -19,16 +18,17 @@ from ..architectures.found import FoundLayers
 from ..config import MeftConfig
 from ..errors import ReversibleUsageError, StreamOverflowError, UnsupportedModelError
 from ..targets import LayerList, refuse_partitioned
-from .arguments import caches_in
+from .arguments import copies_of_caches
 from .arithmetic import Arithmetic
 from .calibration import MAX_CALIBRATED_BITS, Probe
 from .layer import PatchedLayer
 from .norms import lean_norms
 from .owner import BoundOwner, OwnerCall
 from .passes import Passes, Way
-from .refusals import asked_for, refuse_outputs, refuse_replica
+from .refusals import asked_for, refuse_frozen_adapters, refuse_outputs, refuse_replica
 from .remainders import HostMemory
 from .replay import seeded
+from .surroundings import buffers_kept
 from .tape import Counts, Observer, Tape
 from .threads import Gate, Switch, Turn
 from .variants import make_plan
@@ -48,6 +48,7 @@ class ReversibleStack:
         """Whether a layer is its attention block and then its MLP block."""
         self.layerdrop = target.layerdrop
         """Whether the owner leaves out layers at random in training."""
+        self.under_peft = target.under_peft
         self.config = config
         self.plan = make_plan(config, post_norm=target.post_norm)
         self.engine = config.engine
@@ -73,8 +74,9 @@ class ReversibleStack:
         self._norms = lean_norms(self.owner, rows, outside=compiled) if config.lean_norms else []
         for norm in self._norms:
             norm.bind()
-        self._bound = BoundOwner(self, self.owner)
-        self._bound.bind()
+        self._bound = BoundOwner.of(self, self.owner)
+        # A hook, for a copy has the model's own forward, and which module is called is all there is to tell it by.
+        self._replicas = self.owner.register_forward_pre_hook(refuse_replica)
 
     def __getstate__(self) -> dict[str, Any]:
         # For copy.deepcopy and pickle: a spec's callables need not be importable, and the reader of a pickle has
@@ -111,10 +113,16 @@ class ReversibleStack:
         for norm in self._norms:
             norm.unbind()
         self._bound.release()
+        self._replicas.remove()
         # Break the cycles, so that `del model` frees its memory at once.
         del self.passes
         self.layers.clear()
         self._norms.clear()
+
+    def parts(self) -> list[object]:
+        """The objects of ours that removing it changes."""
+        taps = [layer.tap for layer in self.layers if layer.tap is not None]
+        return [self, self._bound, *self.layers, *taps]
 
     @staticmethod
     def given_arithmetic(config: MeftConfig) -> Arithmetic | None:
@@ -174,8 +182,8 @@ class ReversibleStack:
         """A call of the owner begins: refuse what cannot be, calibrate if nobody has."""
         self.gate.enter()
         try:
-            refuse_replica(self.owner)
             refuse_partitioned(self.layers[0].module, self.name)
+            refuse_frozen_adapters(self.owner, self.layers, under_peft=self.under_peft)
             between = self.spec.read_between  # by the model around it, from which they have their gradients
             looked_at = {**call.named, "output_hidden_states": False} if between else call.named
             refuse_outputs(self.owner, looked_at, reversible=self.reversible_end > self.first, first=self.first)
@@ -258,8 +266,8 @@ class ReversibleStack:
         try:
             if self.layerdrop:
                 self.owner.training = False  # the owner's own switch: no layer may be left out, dropout stays as it is
-            with torch.no_grad(), seeded(0, next(self.owner.parameters()).device):
-                call.repeat(copy.deepcopy(caches_in(call.named)))
+            with torch.no_grad(), buffers_kept(self.owner), seeded(0, next(self.owner.parameters()).device):
+                call.repeat(copies_of_caches(call.named))
         finally:
             self.owner.training = training
             self.passes.end()

@@ -9,6 +9,7 @@ import torch
 from ..errors import ReversibleUsageError
 from .call import Call, Gradients, Layer
 from .lane import LanePass, Undoing
+from .surroundings import Surroundings
 from .tape import Tape
 from .variants import Lane
 
@@ -39,12 +40,11 @@ class StraightThrough(torch.autograd.Function):
 class Step:
     """One layer's part of one forward pass; its branches can be computed again at any time, with the same bits.
 
-    ``inputs`` are the tensors besides the streams that need a gradient: parameters, and leaves that stand in ``kwargs``
-    for the arguments that need one.
+    ``found`` is what the recompute has to find again; None where there is to be none.
     """
 
-    def __init__(self, layer: Layer, tape: Tape, kwargs: dict[str, Any], inputs: list[torch.Tensor]) -> None:
-        self.call = Call(layer, tape, kwargs, inputs)
+    def __init__(self, layer: Layer, tape: Tape, kwargs: dict[str, Any], found: Surroundings | None = None) -> None:
+        self.call = Call(layer, tape, kwargs, found)
         self.tape = tape
         self.position = tape.position
         """How many layers the streams had passed before this one."""
@@ -82,6 +82,8 @@ class Step:
             if value is not None:
                 center_value = value
         self._finish_forward(a, center)
+        if self.call.found is not None:
+            self.call.found.settle()
         tape.checksums = (center_sum, a_sum) if plan.switched else (a_sum, center_sum)
         return center_value
 
@@ -129,14 +131,39 @@ class Step:
         Returns:
             Gradients of (other, main), None unless ``wants_input``, and of ``inputs``.
         """
-        tape, plan = self.tape, self.call.layer.plan
-        if tape.position != self.position + 1:
+        self._check_position()
+        assert self.call.found is not None
+        with self.call.found.restored():
+            made = self._undo(d_other, d_main, d_extras, owned=owned, wants_input=wants_input)
+        # The graph, and with it this object, lives as long as somebody holds the loss: keep nothing large in it.
+        self.call.forget()
+        return made
+
+    def _check_position(self) -> None:
+        name, position = self.call.layer.name, self.tape.position
+        if position > self.position + 1:
             raise ReversibleUsageError(
-                f"backward reached {self.call.layer.name}, but its streams are gone: an earlier backward through the "
-                "same forward has already undone them. Add the losses up and call backward once, or run forward again; "
-                "patch(model, engine='autograd') keeps everything and allows it."
+                f"backward begins at {name}, above which it has not undone the streams: the loss does not depend on "
+                "the layers above. Add 0 * output.sum() of the model's output to it, or patch(model, "
+                "engine='autograd')."
             )
-        self.call.check_parameters()
+        if position != self.position + 1:
+            raise ReversibleUsageError(
+                f"backward reached {name}, but its streams are gone: an earlier backward through the same forward has "
+                "already undone them. Add the losses up and call backward once, or run forward again; patch(model, "
+                "engine='autograd') keeps everything and allows it."
+            )
+
+    def _undo(
+        self,
+        d_other: torch.Tensor,
+        d_main: torch.Tensor,
+        d_extras: tuple[torch.Tensor, ...],
+        *,
+        owned: tuple[bool, bool],
+        wants_input: bool,
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None, Gradients]:
+        tape, plan = self.tape, self.call.layer.plan
         tape.check_after_backward()
         tape.position = -1  # nobody may use the streams if this is left by an exception
         gradients: Gradients = [None] * len(self.call.inputs)
@@ -166,13 +193,12 @@ class Step:
             y, center, dy, d_center = center, y, d_center, dy
             owns_dy, owns_center = owns_center, owns_dy
             center_value = value
+        self.call.check_reached(gradients)
         tape.check_undone(self.call.inputs, gradients)
         # two undone lanes leave (y, center) = (x2, x1)
         tape.x1, tape.x2, tape.position = center, y, self.position
         if tape.observer is not None:
             tape.observer.rebuilt(self.call.layer.index, tape.x1, tape.x2)
-        # The graph, and with it this object, lives as long as somebody holds the loss: keep nothing large in it.
-        self.call.kwargs, self.call.inputs = {}, []
         self.first.forget()
         self.second.forget()
         if self.position == tape.first_recorded:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-import types
 import weakref
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.fsdp import FSDPModule
 
 from ..config import MeftConfig
+from ..engine.bound import BoundForward
 from ..errors import PatchError, UnsupportedModelError
 from ..notices import warn_once
 from ..state import unwrap
@@ -26,7 +25,7 @@ from .lazy import LazyLogits
 logger = logging.getLogger(__name__)
 
 
-class BoundHead:
+class BoundHead(BoundForward):
     """Stands in for the ``forward`` of a language model's head.
 
     Nothing else of the model changes: its own forward gets lazy logits, does with them what it does, and hands them to
@@ -34,10 +33,9 @@ class BoundHead:
     """
 
     def __init__(self, module: nn.Module, rows: int | None, model: nn.Module) -> None:
-        self.module = module
+        super().__init__(module)
         self.rows = rows
         self._model: weakref.ref[nn.Module] | None = weakref.ref(model)
-        self._instance_forward = vars(module).get("forward")  # another library's, bound before ours
 
     @property
     def model(self) -> nn.Module | None:
@@ -56,22 +54,6 @@ class BoundHead:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_model": None}
-
-    @property
-    def original(self) -> Callable[..., Any]:
-        """The head's forward as it was. Looked up and not stored: a pickled bound method would come back as ours."""
-        return self._instance_forward or types.MethodType(type(self.module).forward, self.module)
-
-    def bind(self) -> None:
-        """Put this object in the place of the head's ``forward``."""
-        self.module.forward = self
-
-    def unbind(self) -> None:
-        """Give the head its own ``forward`` back."""
-        if self._instance_forward is None:
-            del self.module.forward
-        else:
-            self.module.forward = self._instance_forward
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Lazy logits [..., V] of hidden states [..., H]; real ones where a chunk would hold them all."""

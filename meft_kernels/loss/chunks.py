@@ -16,6 +16,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.graph import get_gradient_edge
 
+from ..engine.graph import gradients_of
 from ..memory import shortened
 from .head_call import HeadCall, refuse_second_order
 
@@ -115,7 +116,7 @@ def _chunk(
         values.sub_(share * (smoothing / values.shape[-1]))
     values.scatter_(1, picked, values.gather(1, picked).sub_(share * (1 - smoothing)))
     inputs = [tensor for tensor, need in zip((leaf, *call.head.parameters), needed, strict=True) if need]
-    found = iter(torch.autograd.grad(edge, inputs, values.to(narrow), allow_unused=True))
+    found = iter(gradients_of([edge], inputs, [values.to(narrow)]))
     return losses, tuple(next(found) if need else None for need in needed)
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from ..engine.graph import gradients_of
 from ..engine.replay import AutocastState
 from ..errors import ReversibleUsageError
 from ..modules import parameters_of
@@ -182,5 +183,5 @@ class HeadCall:
         self.values()
         assert self._leaf is not None and self._output is not None
         inputs = [tensor for tensor in (self._leaf, *self.head.parameters) if tensor.requires_grad]
-        found = torch.autograd.grad(self._output, inputs, gradient, retain_graph=True, allow_unused=True)
+        found = gradients_of([self._output], inputs, [gradient], retain_graph=True)
         return found if self._leaf.requires_grad else (None, *found)

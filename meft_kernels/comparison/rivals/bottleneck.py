@@ -10,7 +10,7 @@ from torch import nn
 from ...adapters import FfnTap
 from ...insertion import make_adapters
 from ...state import unwrap
-from ...targets import find_layers, find_spec, modules_to_train
+from ...targets import find_layers, find_spec, modules_to_train, parts_named
 from .base import Budget, Rival
 
 
@@ -22,11 +22,12 @@ def bottleneck(model: Any, budget: Budget) -> nn.Module:
     """Twice MEFT's rank, for MEFT has two adapters a layer."""
     config = dataclasses.replace(budget.config, rank=2 * budget.config.rank)
     spec = find_spec(model, config)
-    trained = modules_to_train(model, spec, config)
+    lists = find_layers(unwrap(model), spec)
+    trained = modules_to_train(model, lists, spec, config)
     model.requires_grad_(False)
-    for name in trained:
-        model.get_submodule(name).requires_grad_(True)
-    for found in find_layers(unwrap(model), spec):
+    for part in parts_named(model, trained):
+        part.requires_grad_(True)
+    for found in lists:
         for layer in found.layers:
             adapter = make_adapters(layer, found.hidden_size, model, spec, config)["ffn"]
             layer.add_module("bottleneck", adapter)
