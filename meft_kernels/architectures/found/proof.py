@@ -91,7 +91,8 @@ def _sum_of(output: Any) -> torch.Tensor | None:
     for value in _floats(output):
         if value.requires_grad:
             weights = torch.randn(value.shape, generator=generator).to(value.device)
-            part = (value.float() * weights).mean()  # not squares, to which a norm is blind
+            # Not squares, to which a norm is blind; nor the mean, whose gradients float16 has no numbers for.
+            part = (value.float() * weights).sum() / math.sqrt(value.numel())
             total = part if total is None else total + part
     return total
 
@@ -180,20 +181,27 @@ def _prove_repeats(call: Call) -> None:
         )
 
 
-def prove_cut(call: Call, parts: list[Call], tap: Tap) -> Cut | None:
-    """How a layer can be taken apart into an attention block and an MLP block: bit for bit, and the latter by rows."""
+def prove_cut(call: Call, parts: list[Call], tap: Tap, *, by_rows: bool) -> Cut | None:
+    """How a layer can be taken apart into an attention block and an MLP block, bit for bit.
+
+    Args:
+        call: the layer's.
+        parts: the calls of its modules, in time.
+        tap: its FFN.
+        by_rows: whether to see, too, that the MLP block computes every row for itself; once for a kind of layers.
+    """
     if tap.writes == "":
         return None
     for attention, mlp in cuts(parts, tap.writes, call):
         try:
-            if _cut_holds(call, attention, mlp):
+            if _cut_holds(call, attention, mlp, by_rows):
                 return attention, mlp
         except Exception:  # a layer's own code may do anything with what a part left out gives
             continue
     return None
 
 
-def _cut_holds(call: Call, attention: tuple[LeftOut, ...], mlp: tuple[LeftOut, ...]) -> bool:
+def _cut_holds(call: Call, attention: tuple[LeftOut, ...], mlp: tuple[LeftOut, ...], by_rows: bool) -> bool:
     assert call.entered is not None and call.value is not None
     forward = type(call.module).forward
     hidden_states = call.entered.detach()
@@ -208,7 +216,7 @@ def _cut_holds(call: Call, attention: tuple[LeftOut, ...], mlp: tuple[LeftOut, .
             return False
         if torch.equal(attended, hidden_states) or not _same_extras(output, call.output):
             return False
-        for rows in _some_rows(attended):
+        for rows in _some_rows(attended) if by_rows else []:
             part = first_tensor(forward(without(call.module, mlp), attended[rows], **arguments_of(call)))
             if not _rows_agree(rows, rebuilt, part):
                 return False

@@ -214,7 +214,7 @@ def _layers_of(model: nn.Module, chain: Chain, seen: Trace, first: int) -> Found
     for call in chain.calls[first:]:
         parts = sorted(_once(seen, call), key=lambda part: part.start)
         tap = find_tap(parts, chain.width) or Tap("", "")
-        cut = prove_cut(call, parts, tap) if apart else None
+        cut = prove_cut(call, parts, tap, by_rows=kind_of(call.module) not in mlp) if apart else None
         tapped, apart = tapped and tap.writes != "", apart and cut is not None
         for found, value in ((taps, tap), *(((attention, cut[0]), (mlp, cut[1])) if cut else ())):
             kind = kind_of(call.module)
