@@ -91,6 +91,7 @@ def _limited(model_type: str) -> dict[str, Any]:
         raise TimeoutError
 
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    resource.setrlimit(resource.RLIMIT_CPU, (2 * SECONDS, 2 * SECONDS))  # for what never comes back to Python
     signal.signal(signal.SIGALRM, late)
     signal.alarm(SECONDS)
     try:
