@@ -35,6 +35,8 @@ class Boxes:
 
     def closed(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         """The arguments with new boxes around the content, for the layer to read and to write into."""
+        if not self.names:
+            return kwargs
         content = self._content(kwargs)
         return {**kwargs, **{name: self._types[name](dict(held)) for name, held in content.items()}}
 

@@ -410,6 +410,27 @@ def test_models_that_are_no_transformers() -> None:
         assert _everything(bad) == before
 
 
+class Around(PreTrainedModel):
+    """Calls the layers of the model inside it, and not that model."""
+
+    config_class = MadeUpConfig
+
+    def __init__(self, config: MadeUpConfig) -> None:
+        super().__init__(config)
+        self.inner = MadeUp(config)
+        self.post_init()
+
+    def forward(self, input_ids: torch.Tensor) -> Any:
+        return BaseModelOutput(last_hidden_state=in_turn(self.inner, self.inner.words(input_ids)))
+
+
+def test_layers_called_by_another_model() -> None:
+    with pytest.raises(
+        UnsupportedModelError, match=r"inner\.stack: its layers are called by another model than the MadeUp"
+    ):
+        meft_kernels.patch(Around(MadeUpConfig(vocab_size=30, hidden_size=16)))
+
+
 def test_a_model_that_takes_no_made_up_inputs() -> None:
     model = made_up()
     model.forward = lambda words: MadeUp.forward(model, words)  # type: ignore[method-assign]

@@ -127,7 +127,11 @@ def find(model: Any, *, frozen_layers: int = 0, batch: Mapping[str, Any] | None 
         for chain in chains:
             if len(chain.layers) <= frozen_layers:
                 raise unsupported(kind, [f"frozen_layers={frozen_layers} leaves none of {chain.name}"])
-            chain.read_between |= id(owner_of(model, chain.name)) in seen.asked
+            owner = owner_of(model, chain.name)
+            chain.read_between |= id(owner) in seen.asked
+            if any(id(owner) not in call.models for call in chain.calls):
+                reason = f"its layers are called by another model than the {type(owner).__name__} that they are in"
+                raise unsupported(kind, [f"{chain.name}: {reason}"])
         try:
             prove_layers(chains, seen, frozen_layers)
             layers = tuple(_layers_of(model, chain, seen, frozen_layers) for chain in chains)

@@ -37,6 +37,8 @@ class Call:
     overwritten: bool = False
     """Whether the call wrote into it."""
     output: Any = None
+    models: tuple[int, ...] = ()
+    """``id``s of the models that were being called."""
     returned: torch.Tensor | None = None
     """What it returns, or the first of that."""
     returned_version: int = -1
@@ -87,14 +89,14 @@ def parameter_names(module: nn.Module) -> list[str]:
 
 def trace(model: nn.Module, batch: dict[str, Any], lists: dict[str, nn.ModuleList]) -> Trace:
     """Call the model once; gradients are recorded from the first layers of ``lists`` on, where the model lets them."""
-    recorder = _Recorder(lists)
+    recorder = _Recorder(model, lists)
     with recorder.listening(model), recorder:
         output = model(**batch)
     return Trace(sorted(recorder.layers, key=lambda call: call.start), recorder.parts, output, recorder.asked)
 
 
 class _Recorder(TorchFunctionMode):
-    def __init__(self, lists: dict[str, nn.ModuleList]) -> None:
+    def __init__(self, model: nn.Module, lists: dict[str, nn.ModuleList]) -> None:
         super().__init__()
         self.layers: list[Call] = []
         self.parts: dict[int, list[Call]] = defaultdict(list)
@@ -102,6 +104,7 @@ class _Recorder(TorchFunctionMode):
         self._names = {id(layer): f"{name}.{i}" for name, layers in lists.items() for i, layer in enumerate(layers)}
         self._children = [layer for layers in lists.values() for layer in layers]
         self._open: list[Call] = []
+        self._models = [id(model)]
         self._owners: dict[int, list[Call]] = defaultdict(list)
         self._clock = 0
         self._first: dict[type, str | None] = {}
@@ -112,7 +115,8 @@ class _Recorder(TorchFunctionMode):
         try:
             for part in model.modules():
                 if part is not model and hasattr(part, "base_model_prefix"):
-                    handles.append(part.register_forward_pre_hook(self._asks, with_kwargs=True))
+                    handles.append(part.register_forward_pre_hook(self._model_begins, with_kwargs=True))
+                    handles.append(part.register_forward_hook(self._model_ends))
             inside: dict[int, nn.Module] = {}
             for layer in self._children:
                 inside.update({id(module): module for module in modules_of(layer)})
@@ -128,9 +132,13 @@ class _Recorder(TorchFunctionMode):
         self._clock += 1
         return self._clock
 
-    def _asks(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+    def _model_begins(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        self._models.append(id(module))
         if kwargs.get("output_hidden_states"):
             self.asked.add(id(module))
+
+    def _model_ends(self, module: nn.Module, args: Any, output: Any) -> None:
+        self._models.remove(id(module))
 
     def _first_name(self, module: nn.Module) -> str | None:
         cls = type(module)
@@ -144,6 +152,7 @@ class _Recorder(TorchFunctionMode):
             given = args[0] if args else kwargs.get(first or "")
             call = Call(module, self._names.get(id(module), ""), args, dict(kwargs), self._tick())
             self._open.append(call)
+            call.models = tuple(self._models)
             if not isinstance(given, torch.Tensor):
                 return None
             call.given, call.given_version, call.entered = given, given._version, given
