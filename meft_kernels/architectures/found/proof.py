@@ -47,13 +47,13 @@ def again(call: Call, kwargs: dict[str, Any], hidden_states: torch.Tensor) -> An
     return call.module.forward(hidden_states, **kwargs)
 
 
-def prove_layers(chains: list[Chain], seen: Trace, first: int) -> None:
-    """Hold every layer from ``first`` on to what the engine asks of it.
+def prove_layers(chain: Chain, seen: Trace, first: int) -> None:
+    """Hold every layer of a list from ``first`` on to what the engine asks of it.
 
     Raises:
         Unproven: one of them is not a function of its arguments.
     """
-    calls = [call for chain in chains for call in chain.calls[first:]]
+    calls = chain.calls[first:]
     gradients = _gradients(calls, seen.output)
     for call in calls:
         _prove(call, gradients)
@@ -69,8 +69,9 @@ def _gradients(calls: list[Call], output: Any) -> _Gradients:
     tensors = [tensor for call in calls for tensor in _ends(call)]
     unique = list({id(tensor): tensor for tensor in tensors if tensor.requires_grad}.values())
     total = _sum_of(output)
-    flows = total is not None and total.requires_grad and unique
-    found = torch.autograd.grad(total, unique, allow_unused=True) if flows and total is not None else ()
+    found: tuple[torch.Tensor | None, ...] = ()
+    if unique and total is not None and total.requires_grad:
+        found = torch.autograd.grad(total, unique, allow_unused=True, retain_graph=True)
     if all(gradient is None for gradient in found):
         raise Unproven("no gradient goes from the model's outputs to its layers (they run under no_grad?)")
     return _Gradients({id(tensor): gradient for tensor, gradient in zip(unique, found, strict=True)})

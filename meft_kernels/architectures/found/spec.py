@@ -124,20 +124,16 @@ def find(model: Any, *, frozen_layers: int = 0, batch: Mapping[str, Any] | None 
             raise unsupported(kind, [f"{name}: {reason}" for name, reason in reasons.items()])
         if batch is None:
             _refuse_unseen(model, kind, chains)
+        layers: dict[str, FoundLayers] = {}
         for chain in chains:
-            if len(chain.layers) <= frozen_layers:
-                raise unsupported(kind, [f"frozen_layers={frozen_layers} leaves none of {chain.name}"])
-            owner = owner_of(model, chain.name)
-            chain.read_between |= id(owner) in seen.asked
-            if any(id(owner) not in call.models for call in chain.calls):
-                reason = f"its layers are called by another model than the {type(owner).__name__} that they are in"
-                raise unsupported(kind, [f"{chain.name}: {reason}"])
-        try:
-            prove_layers(chains, seen, frozen_layers)
-            layers = tuple(_layers_of(model, chain, seen, frozen_layers) for chain in chains)
-        except (Unproven, NoChain) as reason:
-            raise unsupported(kind, [str(reason)]) from None
-    return _architecture(model, kind, layers, chains, refused)
+            try:
+                layers[chain.name] = _proven(model, chain, seen, frozen_layers)
+            except (Unproven, NoChain) as reason:
+                refused[chain.name] = str(reason)
+        if not layers:
+            raise unsupported(kind, [f"{name}: {reason}" for name, reason in refused.items()])
+        chains = [chain for chain in chains if chain.name in layers]
+    return _architecture(model, kind, tuple(layers.values()), chains, refused)
 
 
 def _language_model(model: Any, chains: list[Chain], refused: dict[str, str]) -> list[Chain]:
@@ -207,6 +203,18 @@ def _seen(model: Any, kind: str, lists: dict[str, nn.ModuleList], batch: Mapping
     raise unsupported(
         kind, [f"it could not be called on made-up inputs{what}: pass probe=batch, arguments of its forward"]
     )
+
+
+def _proven(model: Any, chain: Chain, seen: Trace, first: int) -> FoundLayers:
+    """One list's layers, from the first that is to be patched on held to what they seem to be."""
+    if len(chain.layers) <= first:
+        raise NoChain(f"frozen_layers={first} leaves none of its {len(chain.layers)} layers")
+    owner = owner_of(model, chain.name)
+    chain.read_between |= id(owner) in seen.asked
+    if any(id(owner) not in call.models for call in chain.calls):
+        raise NoChain(f"its layers are called by another model than the {type(owner).__name__} that they are in")
+    prove_layers(chain, seen, first)
+    return _layers_of(model, chain, seen, first)
 
 
 def _layers_of(model: nn.Module, chain: Chain, seen: Trace, first: int) -> FoundLayers:
