@@ -57,7 +57,7 @@ def batches(model: Any) -> list[tuple[str, Callable[[], Batch]]]:
         found.append(("image and text, apart", lambda: {**_texts(model, known, 12), **images["plain"]}))
     if "input_ids" in known:
         found += [("text", lambda: _texts(model, known, 12)), ("text of 16", lambda: _texts(model, known, 16))]
-        found.append(("text of 64", lambda: {"input_ids": _ids(64)}))
+        found += [("bare text", lambda: {"input_ids": _ids(16)}), ("text of 64", lambda: {"input_ids": _ids(64)})]
     elif "pixel_values" in known:
         found += [("image", partial(_named, "pixel_values", ROWS, channels, *s)) for s in (size, (64, 64), (224, 224))]
         films = _whole(setting(config, "num_frames"), 4)

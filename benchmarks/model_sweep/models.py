@@ -6,7 +6,9 @@ import copy
 import inspect
 import math
 import re
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,10 +19,11 @@ from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from .batches import batches
-from .settings import OVERRIDES, small
+from .settings import OVERRIDES, Width, small
 
 MOST = 1.5e8
 """Weights of a model that is tried."""
+_SIZES: tuple[tuple[Width, int | None], ...] = (("small", None), ("small", 4), ("wide", 4), ("own", None))
 _ORDER = (
     "IMAGE_TEXT_TO_TEXT", "SEQ_TO_SEQ_CAUSAL_LM", "SPEECH_SEQ_2_SEQ", "MASKED_LM", "CAUSAL_LM", "MULTIMODAL_LM",
     "SEQUENCE_CLASSIFICATION", "IMAGE_CLASSIFICATION", "CTC", "AUDIO_CLASSIFICATION", "VIDEO_CLASSIFICATION",
@@ -64,11 +67,12 @@ def make(model_type: str) -> tuple[Any, dict[str, Any]]:
         CannotBeMade: none runs.
     """
     names = classes(model_type)
+    bare = [name for name in names[3:] if name in str(MAPPINGS["MODEL"].get(model_type))]
     errors: list[str] = []
-    for name in [*names[:3], *[name for name in names[3:] if name == names[-1]]]:
-        for wide in (False, True):
+    for name in [*names[:3], *bare]:
+        for width, layers in _SIZES:
             try:
-                model = build(model_type, name, wide)
+                model = build(model_type, name, width, layers)
             except Exception as error:  # whatever a model's own code says
                 errors.append(f"{name}: {_short(error)}")
                 continue
@@ -78,9 +82,9 @@ def make(model_type: str) -> tuple[Any, dict[str, Any]]:
     raise CannotBeMade(errors[0] if errors else "no class")
 
 
-def build(model_type: str, name: str, wide: bool) -> Any:
+def build(model_type: str, name: str, width: Width, layers: int | None) -> Any:
     """A model of this class, in evaluation mode."""
-    config = config_of(model_type, wide)
+    config = config_of(model_type, width, layers)
     cls = getattr(transformers, name)
     with torch.device("meta"):
         size = sum(parameter.numel() for parameter in cls(copy.deepcopy(config)).parameters())
@@ -90,10 +94,10 @@ def build(model_type: str, name: str, wide: bool) -> Any:
     return cls(config).float().eval()
 
 
-def config_of(model_type: str, wide: bool) -> Any:
+def config_of(model_type: str, width: Width, layers: int | None = None) -> Any:
     """A small config; settings that the class' own checks will not have are left out again."""
     config_class = CONFIG_MAPPING[model_type]
-    settings = small(config_class, wide)
+    settings = small(config_class, width, layers)
     for key, value in OVERRIDES.get(model_type, {}).items():
         both = isinstance(value, dict) and isinstance(settings.get(key), dict)
         settings[key] = {**settings[key], **value} if both else value
@@ -122,6 +126,8 @@ def _leave_out(settings: dict[str, Any], message: str) -> bool:
 def _fit_sections(config: Any) -> None:
     """Sections of multimodal rotary embeddings that add up to half a small head."""
     rope = getattr(config, "rope_parameters", None)
+    if isinstance(rope, dict) and "mrope_section" not in rope and _wants_sections(type(config)):
+        rope["mrope_section"] = [16, 24, 24]
     if isinstance(rope, dict) and "mrope_section" in rope and not rope.get("mrope_interleaved"):
         heads = getattr(config, "num_attention_heads", None)
         width = getattr(config, "head_dim", None) or (config.hidden_size // heads if heads else 0)
@@ -137,6 +143,15 @@ def _fit_sections(config: Any) -> None:
             _fit_sections(inner)
 
 
+def _wants_sections(config_class: type) -> bool:
+    """Whether the modelling code beside a config's reads sections that the config does not say."""
+    if re.search("Vision|Audio|DiT|Token2Wav", config_class.__name__):
+        return False
+    beside = str(sys.modules[config_class.__module__].__file__).replace("configuration_", "modeling_")
+    text = Path(beside).read_text(encoding="utf-8") if Path(beside).exists() else ""
+    return "mrope_section" in text and "interleaved_mrope" not in text and "mrope_interleaved" not in text
+
+
 def _fitting_batch(model: Any, errors: list[str]) -> dict[str, Any] | None:
     """The first batch that the model takes, and gives finite numbers for: with weights that matter, else its own."""
     own = copy.deepcopy(model.state_dict())
@@ -150,7 +165,8 @@ def _fitting_batch(model: Any, errors: list[str]) -> dict[str, Any] | None:
                 with torch.no_grad():
                     np.random.seed(3)
                     torch.manual_seed(3)
-                    values = list(floats(model(**batch)))
+                    model.train()(**batch)  # some want labels then
+                    values = list(floats(model.eval()(**batch)))
             except Exception as error:  # whatever a model's own code says
                 errors.append(f"{type(model).__name__}, {label}: {_short(error)}")
                 continue

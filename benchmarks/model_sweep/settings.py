@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from typing import Any
+from typing import Any, Literal
 
 VOCABULARY = 160
 SPECIAL = 100
@@ -74,6 +74,9 @@ _RULES: list[tuple[str, int]] = [
 ]
 RULES = [(re.compile(f"^({pattern})$"), value) for pattern, value in _RULES]
 _DEPTH = RULES[1][0]
+_NEEDED = [RULES[0], RULES[1], *[rule for rule in RULES if re.search("experts|topk|n_group", rule[0].pattern)]]
+"""Without which a model is large, whatever its width."""
+Width = Literal["small", "wide", "own"]
 _IDS: dict[str, Any] = {
     "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 2, "cls_token_id": 1,
     "sep_token_id": 2, "forced_eos_token_id": None, "forced_bos_token_id": None, "mask_token_id": 3, "unk_token_id": 4,
@@ -87,6 +90,7 @@ _QWEN4 = {
     "make_ngram_vocab_size_divisible_by": 4, "split_ngram_parts": 2,
 }  # fmt: skip
 _DIFFUSION = {"num_global_key_value_heads": 2, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 16}
+_SHARING = ["sliding_attention", "full_attention"] * 2
 OVERRIDES: dict[str, dict[str, Any]] = {
     "mistral4": {"head_dim": 8, "qk_nope_head_dim": 4, "qk_rope_head_dim": 4, "v_head_dim": 8, "qk_head_dim": 8},
     "qwen4_exp": {"text_config": _QWEN4},
@@ -105,17 +109,22 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
         "ffn_config": {"ffn_hidden_size": 64, "moe_num_experts": 4, "moe_top_k": 2},
     },
+    "gemma3n_text": {"num_hidden_layers": 4, "num_kv_shared_layers": 2, "layer_types": _SHARING},
+    "gemma4_text": {"num_hidden_layers": 4, "num_kv_shared_layers": 2, "layer_types": _SHARING},
+    "gemma4": {"text_config": {"num_hidden_layers": 4, "num_kv_shared_layers": 2, "layer_types": _SHARING}},
     "reformer": {"axial_pos_embds": False, "hidden_size": 32, "attn_layers": ["local", "lsh"]},
 }
 """What names alone do not tell."""
 
 
-def small(config_class: Any, wide: bool = False, layers: int | None = None, ids: dict[str, int] | None = None) -> Any:
+def small(
+    config_class: Any, width: Width = "small", layers: int | None = None, ids: dict[str, int] | None = None
+) -> Any:
     """Settings with which the class makes a small config, and those of the configs inside it.
 
     Args:
         config_class: of transformers.
-        wide: twice as wide, for those whose parts do not fit into less.
+        width: ``"wide"`` is twice the small one, for those whose parts do not fit into less; ``"own"`` the default's.
         layers: how many; two, or four where more than two kinds of layers take turns.
         ids: given to special tokens so far.
     """
@@ -131,7 +140,7 @@ def small(config_class: Any, wide: bool = False, layers: int | None = None, ids:
     values = {key: value for key, value in vars(default).items() if not key.startswith("_")}
     for key, value in values.items():
         if key not in inner and key not in _LEFT:
-            found = _value(key, value, aliases, wide, layers, ids)
+            found = _value(key, value, aliases, width, layers, ids)
             if found is not ...:
                 settings[key] = found
     if "qk_rope_head_dim" in values and "head_dim" in settings:
@@ -143,7 +152,7 @@ def small(config_class: Any, wide: bool = False, layers: int | None = None, ids:
         cls: Any = type(given) if hasattr(given, "to_dict") else sub if inspect.isclass(sub) else None
         if cls is None or cls.__name__ == "AutoConfig":
             continue
-        settings[key] = small(cls, wide, layers, ids)
+        settings[key] = small(cls, width, layers, ids)
         if getattr(sub, "__name__", "") == "AutoConfig":
             settings[key] = {"model_type": cls.model_type, **settings[key]}
     return settings
@@ -158,7 +167,7 @@ def depth_of(config: Any) -> int:
     return max([4 if max(kinds, default=0) > 2 else 2, *deeper])
 
 
-def _value(key: str, value: Any, aliases: dict[str, str], wide: bool, layers: int, ids: dict[str, int]) -> Any:
+def _value(key: str, value: Any, aliases: dict[str, str], width: Width, layers: int, ids: dict[str, int]) -> Any:
     """A small value, or ``...`` to leave it."""
     if key in _IDS:
         if value is None and key != "pad_token_id":
@@ -173,17 +182,19 @@ def _value(key: str, value: Any, aliases: dict[str, str], wide: bool, layers: in
     if isinstance(value, list | tuple) and value:
         return _sequence(key, value, layers)
     if isinstance(value, int) or (value is None and key in ("head_dim", "num_key_value_heads")):
-        return _number(key, value, aliases, wide, layers)
+        return _number(key, value, aliases, width, layers)
     return ...
 
 
-def _number(key: str, value: int | None, aliases: dict[str, str], wide: bool, layers: int) -> Any:
-    for pattern, least in RULES:
+def _number(key: str, value: int | None, aliases: dict[str, str], width: Width, layers: int) -> Any:
+    for pattern, least in RULES if width != "own" else _NEEDED:
         if any(pattern.match(name) for name in (key, aliases.get(key, key))):
             least = layers if pattern is _DEPTH else least
             if value is not None and 0 < value < least:
                 return ...  # never larger than the default
-            return 64 if wide and least == 32 else 16 if wide and least == 8 and "head_dim" in key else least
+            if width == "wide" and (least == 32 or (least == 8 and "head_dim" in key)):
+                return 2 * least
+            return least
     return ...
 
 
