@@ -127,7 +127,9 @@ def check(model: Any, batch: dict[str, Any], variant: Any, probe: dict[str, Any]
         "layers": len(equal),
         "of": of,
         "bit equal": all(equal) and bool(equal),
-        "same loss": loss == reference_loss,
+        # Not always to the last bit: kernels are chosen by what needs a gradient, which the first layer's input does in
+        # one engine alone.
+        "same loss": abs(loss - reference_loss) <= 1e-6 * max(1.0, abs(loss)),
         "worst gradient": _worst(found, reference),
         "missing": sorted(found.keys() ^ reference.keys())[:3],
         "unpatch identical": same and list(model.state_dict()) == keys,
