@@ -25,7 +25,7 @@ from typing import Any
 HERE = Path(__file__).parents[1] / "results" / "model_sweep"
 RESULTS = HERE / "results.json"
 PAGE = Path(__file__).parents[2] / "docs" / "MODELS.md"
-SECONDS = 120
+SECONDS = 45
 MEMORY = 12 << 30
 
 

@@ -21,7 +21,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from .batches import batches
 from .settings import OVERRIDES, Width, small
 
-MOST = 1.5e8
+MOST = 4e7
 """Weights of a model that is tried."""
 _SIZES: tuple[tuple[Width, int | None], ...] = (("small", None), ("small", 4), ("wide", 4), ("own", None))
 _ORDER = (
