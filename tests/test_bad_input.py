@@ -195,6 +195,13 @@ def test_layers_out_of_order() -> None:
     hidden = torch.randn(1, 3, 64)
     with pytest.raises(ReversibleUsageError, match=r"model.layers.1 was called where the first layer was due"):
         model.model.layers[1](hidden)
+    for others in ((0, 2, 1), (0, 0, 1)):  # whose hidden states are those of the layer before
+        model = meft_kernels.patch(tiny_llama(), fraction_bits=16)
+        layers = list(model.model.layers)
+        for place, other in enumerate(others):
+            model.model.layers[place] = layers[other]
+        with pytest.raises(ReversibleUsageError, match=rf"layers.{others[1]} was called where model.layers.1 was due"):
+            model(**tiny_batch(model))
 
 
 def test_uncalibrated_layer_called_alone() -> None:

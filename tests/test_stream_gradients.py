@@ -79,6 +79,43 @@ def test_a_hook_that_keeps_a_gradient_keeps_what_it_saw(variant: str, hook_class
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
+def _nodes(root: Any, name: str) -> list[Any]:
+    """The graph's nodes of this name."""
+    found, seen, waiting = [], set(), [root]
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        found += [node] if node.name().startswith(name) else []
+        waiting += [following for following, _ in node.next_functions]
+    return found
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_hook_on_a_layers_node_keeps_what_it_saw(variant: str) -> None:
+    """Hidden states that are looked at are read out for it; a node of the graph is not."""
+    inplace, copied = inplace_and_copied(variant)
+    hook = _Hook()
+    batch = tiny_batch(inplace)
+    loss = inplace(**batch).loss
+    nodes = _nodes(loss.grad_fn, "Reversible")
+    assert len(nodes) == 4
+
+    def listen(gradients: tuple[torch.Tensor | None, ...]) -> None:
+        for gradient in gradients:
+            if gradient is not None:
+                hook(gradient)
+
+    for node in nodes:
+        node.register_prehook(listen)
+    loss.backward()
+    hook.check()
+    expected = train_step(copied, batch)[1]
+    found = dict(inplace.named_parameters())
+    assert all(torch.equal(found[name].grad, expected[name]) for name in expected)
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_gradient_that_is_asked_for_is_whole(variant: str) -> None:
     """``torch.autograd.grad`` with respect to hidden states between two layers, and parameters below them."""

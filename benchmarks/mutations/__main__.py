@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 from .cases import MUTATIONS, Mutation
 from .child import DIED, ENDED_WELL, FAILED, ROOT, run_tests
@@ -34,7 +35,8 @@ def _tests_on(folder: Path, tests: tuple[str, ...], interpreted: bool) -> tuple[
     Raises:
         SystemExit: pytest ran no tests, could not import them, or died.
     """
-    context = multiprocessing.get_context("forkserver")
+    # Triton must not have been imported before it is told to interpret
+    context: Any = multiprocessing.get_context("spawn" if interpreted else "forkserver")
     receiving, sending = context.Pipe(duplex=False)
     log = folder / "log.txt"
     process = context.Process(target=run_tests, args=(folder, tests, interpreted, log, sending))
