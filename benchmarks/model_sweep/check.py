@@ -131,7 +131,7 @@ def check(model: Any, batch: dict[str, Any], variant: Any, probe: dict[str, Any]
         # one engine alone.
         "same loss": abs(loss - reference_loss) <= 1e-6 * max(1.0, abs(loss)),
         "worst gradient": _worst(found, reference),
-        "missing": sorted(found.keys() ^ reference.keys())[:3],
+        "missing": sorted(n for n in found.keys() ^ reference.keys() if (found | reference)[n].any())[:3],
         "unpatch identical": same and list(model.state_dict()) == keys,
         "start": start,
     }
