@@ -15,6 +15,7 @@ try:
 
     from .commands.bench import bench
     from .commands.estimate import estimate
+    from .commands.models import models
     from .commands.plan import plan
     from .commands.shared import (
         Data,
@@ -190,22 +191,7 @@ def verify(
         raise typer.Exit(1)
 
 
-@app.command()
-def models(
-    markdown: Annotated[bool, typer.Option("--markdown", help="As README has it.")] = False,
-) -> None:
-    """The models that can be patched; transformers builds every task head on each."""
-    from rich.table import Table
-
-    from .architectures.table import COLUMNS, as_markdown, supported_models
-
-    if markdown:
-        print(as_markdown(), end="")
-        return
-    table = Table(*(column.strip("`") for column in COLUMNS))
-    for row in supported_models():
-        table.add_row(*row)
-    console.print(table)
+app.command()(models)
 
 
 @app.command()

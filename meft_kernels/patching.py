@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
 import torch
 from torch import nn
@@ -32,7 +33,7 @@ from .state import (
     require_state,
     unwrap,
 )
-from .targets import LayerList, check_trainable, find_layers, find_spec, is_peft, modules_to_train, parts_named
+from .targets import LayerList, Trust, check_trainable, find_layers, find_spec, is_peft, modules_to_train, parts_named
 from .trainer_bindings import CheckpointingBinding, QuantisedBinding
 
 if TYPE_CHECKING:
@@ -50,6 +51,8 @@ def patch(
     memory: int | str | None = None,
     batch: tuple[int, int] | None = None,
     allow_coefficient: bool = False,
+    trust: Trust = "found",
+    probe: Mapping[str, Any] | None = None,
     **overrides: Any,
 ) -> Model:
     """Make a pretrained transformer reversible, in place: frozen, with adapters, and no activations kept per layer.
@@ -58,20 +61,24 @@ def patch(
     small leak (see :func:`~meft_kernels.verify`).
 
     Args:
-        model: a transformers model of a supported family, with any task head. Wrapped by PEFT, what PEFT trains goes
+        model: a transformers model with any task head, of a family that has a file, or one whose structure is found and
+            proven on the model itself (a forward and backward of a few tokens). Wrapped by PEFT, what PEFT trains goes
             on being trained, beside the adapters or (``adapters="none"``) instead of them.
         config: settings; ``None`` is ``MeftConfig()``.
         memory: a budget for all that the process has on the device, as ``"22GiB"`` or in bytes: what is not set is
             chosen, by simulation, so that a step of ``batch`` is as fast as fits (:func:`meft_kernels.plan`).
         batch: rows and tokens of a batch, with ``memory``.
         allow_coefficient: whether a budget may choose another coefficient, which changes what is computed.
+        trust: ``"written"`` refuses what is no family with a file, though its structure could be found.
+        probe: a batch, keyword arguments of the model's forward, to find the structure with; made up by default.
         **overrides: settings to change in ``config``, e.g. ``rank=16``.
 
     Returns:
         The same object. A model already patched with the same settings comes back as it is.
 
     Raises:
-        UnsupportedModelError: no family serves this model, or it is in a state that cannot be trained.
+        UnsupportedModelError: no family serves this model and nothing could be found and proven of it, or it is in
+            a state that cannot be trained.
         PatchError: already patched with other settings.
         BudgetError: no settings fit into ``memory``.
         ValueError: a setting is out of range. Nothing has been changed when an error is raised.
@@ -81,6 +88,8 @@ def patch(
         raise TypeError(f"patch takes a model, as from_pretrained gives it, not a {type(model).__name__}")
     if not isinstance(config, MeftConfig | None):
         raise TypeError(f"settings are given by name, as in patch(model, rank=8), or as a MeftConfig: not {config!r}")
+    if trust not in get_args(Trust):
+        raise ValueError(f"trust must be one of {', '.join(get_args(Trust))}; got {trust!r}")
     budget = None
     if memory is not None or batch is not None:
         budget = _planned(model, config, memory, batch, allow_coefficient, overrides)
@@ -90,7 +99,7 @@ def patch(
         check_same_settings(state.config, config)
         return model
     base = unwrap(model)
-    spec = find_spec(base, config)
+    spec = find_spec(base, config, trust, probe)
     lists = find_layers(base, spec)
     check_trainable(base, lists, config)
     for target in lists:

@@ -6,10 +6,11 @@ Everything here looks and refuses; nothing is changed.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator
+import logging
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -17,8 +18,11 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from .architectures import ArchitectureSpec, LayerSpec, find_architecture, supported_model_types
+from .architectures.found import find
 from .config import MeftConfig
 from .errors import UnsupportedModelError
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -43,14 +47,29 @@ class LayerList:
     """Whether PEFT had been put on the model before."""
 
 
-def find_spec(model: nn.Module, config: MeftConfig) -> ArchitectureSpec:
-    """The spec of the model's family.
+Trust = Literal["found", "written"]
+
+
+def find_spec(
+    model: nn.Module, config: MeftConfig, trust: Trust = "found", probe: Mapping[str, Any] | None = None
+) -> ArchitectureSpec:
+    """The spec of the model's family; where nobody wrote one, what is found of the model and proven on it.
+
+    Args:
+        model: the model.
+        config: settings.
+        trust: ``"written"`` for families with a file alone.
+        probe: a batch to look at the model with, where there is none.
 
     Raises:
         UnsupportedModelError: there is none, or it objects to this model with these settings.
     """
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     spec = find_architecture(model_type) if model_type else None
+    if spec is None and trust == "found" and model_type and isinstance(model, PreTrainedModel):
+        found = find(model, frozen_layers=config.frozen_layers, batch=probe)
+        logger.info("%s", found.line)
+        spec = found
     if spec is not None and not isinstance(model, PreTrainedModel):
         part = _supported_part(model)
         raise UnsupportedModelError(
@@ -123,7 +142,7 @@ def find_layers(model: nn.Module, spec: ArchitectureSpec) -> list[LayerList]:
     for name, module in model.named_modules():
         if not isinstance(module, nn.ModuleList) or not len(module):
             continue
-        kind = next((i for i, kind in enumerate(spec.layers) if all(kind.matches(layer) for layer in module)), None)
+        kind = next((i for i, kind in enumerate(spec.layers) if kind.serves(name, module)), None)
         if kind is not None:
             found.append(_describe(model, name, list(module), spec, kind))
     if not found:
@@ -152,7 +171,7 @@ def _describe(model: Any, name: str, layers: list[nn.Module], spec: Architecture
             family=model.config.model_type,
             kind=kind,
             spec=layer_spec,
-            hidden_size=spec.hidden_size(model.config),
+            hidden_size=(layer_spec.hidden_size or spec.hidden_size)(model.config),
             layerdrop=layer_spec.layerdrop(model.config) > 0,
             post_norm=layer_spec.post_norm(model.config),
             in_turn=layer_spec.in_turn(model.config),

@@ -98,7 +98,9 @@ def test_unsupported_model_lists_what_is() -> None:
     with pytest.raises(
         UnsupportedModelError, match=r"'bloom' is not supported; supported are: bart, bert, .*register_arch.*README"
     ):
-        meft_kernels.patch(model)
+        meft_kernels.patch(model, trust="written")
+    with pytest.raises(ValueError, match="trust must be one of found, written; got 'all'"):
+        meft_kernels.patch(model, trust="all")
     with pytest.raises(UnsupportedModelError, match="Linear, which has no config"):
         meft_kernels.patch(nn.Linear(2, 2))
     assert_unchanged(model, before)
@@ -308,7 +310,7 @@ def test_a_supported_part_of_a_composite_is_named() -> None:
     config = EncoderDecoderConfig.from_encoder_decoder_configs(BertConfig(**small), BertConfig(**small))
     model = EncoderDecoderModel(config)
     with pytest.raises(UnsupportedModelError, match=r"Its part encoder \(bert\) is: patch\(model\.encoder\)"):
-        meft_kernels.patch(model)
+        meft_kernels.patch(model, trust="written")
     meft_kernels.patch(model.encoder)
 
 

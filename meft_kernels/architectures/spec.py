@@ -81,6 +81,12 @@ class LayerSpec:
 
     layerdrop: Callable[[Any], float] = _no_layerdrop
     """The probability, from the model's config, with which its forward leaves out such a layer in training."""
+    hidden_size: Callable[[Any], int] | None = None
+    """Width of these layers' hidden states, from the model's config, where it is not the family's."""
+    read_between: bool = False
+    """Whether the model reads what layers return elsewhere than in the next: each then hands on its read-out."""
+    boxes: tuple[str, ...] = ()
+    """Arguments, mappings, by which layers hand tensors to later ones (keys and values that they share)."""
 
     def __post_init__(self) -> None:
         _check_callables(
@@ -95,6 +101,10 @@ class LayerSpec:
         """Whether ``module`` is such a layer."""
         return any(cls.__name__ in self.class_names for cls in type(module).__mro__)
 
+    def serves(self, name: str, layers: nn.ModuleList) -> bool:
+        """Whether a model's list of this name is one of such layers."""
+        return all(self.matches(layer) for layer in layers)
+
 
 @dataclass(frozen=True, kw_only=True)
 class ArchitectureSpec:
@@ -102,16 +112,12 @@ class ArchitectureSpec:
 
     model_types: tuple[str, ...]
     """Values of ``config.model_type`` that this spec serves."""
-
     layers: tuple[LayerSpec, ...]
-    """Every kind of layer: one for most, two for an encoder and a decoder of different classes."""
-
+    """Every kind of layer: one for most, two for encoder and decoder."""
     activation: Callable[[Any], str]
     """Name of the backbone's activation (a key of transformers' ``ACT2FN``), from the model's config."""
-
     dropout: Callable[[Any], float] = _no_dropout
     """The backbone's hidden dropout probability, from the model's config."""
-
     hidden_size: Callable[[Any], int] = _hidden_size
     """Width of the hidden states, from the model's config."""
 

@@ -17,6 +17,7 @@ from ..errors import UnsupportedModelError
 from ..notices import warn_once
 from .arguments import caches_in, without_cache
 from .bound import BoundForward
+from .boxes import Boxes, put_back
 from .compiling import compiled_for, why_not_compiled
 from .exporting import WHY_NOT_COMPILED, exporting, record
 from .pieces import AttentionInPieces, Seeds, why_whole
@@ -77,6 +78,7 @@ class PatchedLayer(BoundForward):
         self.adapter = adapter
         self.tap = tap
         self._blocks_checked = False
+        self._boxes = Boxes(stack.spec.boxes)
 
     @property
     def spec(self) -> LayerSpec:
@@ -114,8 +116,10 @@ class PatchedLayer(BoundForward):
         try:
             if self.tap is not None:
                 self.tap.follow(self.spec.ffn_reads(self.module), self.spec.ffn_writes(self.module))
+            boxes = self._boxes.open(kwargs)
             run = record if exporting() else self.stack.run
             hidden_states, extras = run(self, hidden_states, kwargs)
+            extras = put_back(boxes, extras)
         except BaseException:
             self.stack.abandon()
             if self.tap is not None:
@@ -150,7 +154,12 @@ class PatchedLayer(BoundForward):
         self._blocks_checked = True
 
     def blocks_give(self, output: Any, *args: Any, **kwargs: Any) -> bool:
-        """Whether the family's two blocks, called as the layer was, give the same bits and as many things as it did."""
+        """Whether the family's two blocks, called as the layer was, give the same bits and as many things as it did.
+
+        True where they stand in for nothing, since the layer always runs whole.
+        """
+        if not self.stack.in_turn:
+            return True
         call = without_cache(self.by_name(args, kwargs))
         attended, extras = _split(self.spec.attention_block(self.module, call.pop(self._parameters[0]), **call))
         rebuilt = self.spec.mlp_block(self.module, attended, **call)
@@ -209,7 +218,7 @@ class PatchedLayer(BoundForward):
             position biases): None where that is hidden states alone, and not a tuple with nothing else in it.
         """
         if branch == "layer":
-            return _split(self._call(self.original, hidden_states, kwargs))
+            return self._mixed(self.original, hidden_states, kwargs)
         extras: tuple[Any, ...] | None = None
         if self.mixes(branch):
             hidden_states, extras = self.mix(hidden_states, kwargs)
@@ -217,12 +226,22 @@ class PatchedLayer(BoundForward):
 
     def mix(self, hidden_states: torch.Tensor, kwargs: dict[str, Any]) -> tuple[torch.Tensor, tuple[Any, ...] | None]:
         """What the branch begins with: the layer's attention block; and what else the layer returns."""
-        return _split(self._call(self.spec.attention_block, hidden_states, kwargs))
+        return self._mixed(self.spec.attention_block, hidden_states, kwargs)
+
+    def _mixed(
+        self, function: Callable[..., Any], hidden_states: torch.Tensor, kwargs: dict[str, Any]
+    ) -> tuple[torch.Tensor, tuple[Any, ...] | None]:
+        """What a function of the layer returns; what it wrote into boxes comes last."""
+        if not self._boxes.names:
+            return _split(self._call(function, hidden_states, kwargs))
+        closed = self._boxes.closed(kwargs)
+        hidden_states, extras = _split(self._call(function, hidden_states, closed))
+        return hidden_states, (*(extras or ()), (extras is None, self._boxes.written(kwargs, closed)))
 
     def rows(self, branch: Branch, hidden_states: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:
         """The rest of the branch, which computes every row for itself."""
         if branch in ("layer", "mlp"):
-            return self._call(self.spec.mlp_block, hidden_states, kwargs)
+            return self._call(self.spec.mlp_block, hidden_states, self._boxes.closed(kwargs))
         if self.adapter is None:
             return hidden_states if branch != "adapter" else torch.zeros_like(hidden_states)
         adapted = self.adapter(hidden_states)

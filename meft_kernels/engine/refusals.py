@@ -108,12 +108,24 @@ def refuse_outputs(module: nn.Module, kwargs: dict[str, Any], *, reversible: boo
 def refuse_filled_cache(kwargs: dict[str, Any], index: int) -> None:
     """An empty KV cache may be left out of training; a filled one is an input that a recompute would not see again."""
     for name, cache in caches_in(kwargs).items():
-        length = getattr(cache, "get_seq_length", None)
-        if length is None or int(length(index)) > 0:
+        if _holds_tokens(cache, index):
             raise ReversibleUsageError(
                 f"{name} holds earlier tokens while gradients are recorded, and a recompute cannot use it: pass the "
                 "whole sequence. Prefix tuning works this way; it needs engine='autograd'."
             )
+
+
+def _holds_tokens(cache: Any, index: int) -> bool:
+    """Whether a layer's part of a KV cache is filled; of linear attention and convolutions it is a state."""
+    parts = getattr(cache, "layers", ())
+    part = parts[index] if index < len(parts) else None
+    states = getattr(part, "has_previous_state", False)
+    if any(states.values() if isinstance(states, dict) else states if isinstance(states, list) else [states]):
+        return True
+    if part is not None and not hasattr(part, "get_seq_length"):
+        return False
+    length = getattr(cache, "get_seq_length", None)
+    return length is None or int(length(index)) > 0
 
 
 def asked_for(name: str, module: nn.Module, kwargs: dict[str, Any]) -> bool:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from ..architectures import find_architecture
+from ..architectures.found import FoundLayers
 from ..config import MeftConfig
 from ..errors import ReversibleUsageError, StreamOverflowError, UnsupportedModelError
 from ..targets import LayerList, refuse_partitioned
@@ -78,11 +79,15 @@ class ReversibleStack:
         self._replicas = self.owner.register_forward_pre_hook(refuse_replica)
 
     def __getstate__(self) -> dict[str, Any]:
-        # For copy.deepcopy and pickle: the spec's callables need not be importable, and the reader of a pickle has
-        # registered the family, too.
-        return {name: value for name, value in self.__dict__.items() if name != "spec"}
+        # For copy.deepcopy and pickle: a spec's callables need not be importable, and the reader of a pickle has
+        # registered the family, too. What was found of one model is registered nowhere.
+        found = isinstance(self.spec, FoundLayers)
+        return {name: value for name, value in self.__dict__.items() if found or name != "spec"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        if "spec" in state:
+            self.__dict__.update(state)
+            return
         architecture = find_architecture(state["_family"])
         if architecture is None or state["_kind"] >= len(architecture.layers):
             raise UnsupportedModelError(
@@ -179,12 +184,14 @@ class ReversibleStack:
         try:
             refuse_partitioned(self.layers[0].module, self.name)
             refuse_frozen_adapters(self.owner, self.layers, under_peft=self.under_peft)
-            refuse_outputs(self.owner, call.named, reversible=self.reversible_end > self.first, first=self.first)
+            between = self.spec.read_between  # by the model around it, from which they have their gradients
+            looked_at = {**call.named, "output_hidden_states": False} if between else call.named
+            refuse_outputs(self.owner, looked_at, reversible=self.reversible_end > self.first, first=self.first)
             self.passes.begin(
                 Way(
                     self.arithmetic or self.calibrate(call),
                     self.observer,
-                    wants_hidden_states=asked_for("output_hidden_states", self.owner, call.named),
+                    wants_hidden_states=between or asked_for("output_hidden_states", self.owner, call.named),
                     drops=self.layerdrop and self.owner.training,
                 )
             )

@@ -1,0 +1,183 @@
+"""Which lists of a model's layers are a stack: each called once a pass, in order, on what the one before returned."""
+
+from __future__ import annotations
+
+import itertools
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from .trace import Call, Trace
+
+
+@dataclass
+class Chain:
+    """A list of layers through which hidden states go untouched."""
+
+    name: str
+    layers: list[nn.Module]
+    calls: list[Call]
+    """Of the first pass through it, one a layer."""
+    width: int
+    read_between: bool
+    """Whether somebody reads what a layer returned beside the next one."""
+    boxes: tuple[str, ...]
+    """Arguments into which layers write what others read."""
+
+
+class NoChain(Exception):
+    """A list is none; says why, and where."""
+
+
+def layer_lists(model: nn.Module) -> list[dict[str, nn.ModuleList]]:
+    """Lists that may be of layers, to be tried in turn: those of transformers' own layer class; all there are."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    lists = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) and all(child is not None for child in module)
+    }
+    marked = {
+        name: layers
+        for name, layers in lists.items()
+        if all(isinstance(layer, GradientCheckpointingLayer) for layer in layers)
+    }
+    return [found for found in (marked, lists if len(lists) > len(marked) else {}) if found]
+
+
+def find_chains(lists: dict[str, nn.ModuleList], seen: Trace, first: int) -> tuple[list[Chain], dict[str, str]]:
+    """The stacks among ``lists``, outermost first; and of other lists that look like layers, why they are none.
+
+    Args:
+        lists: by name.
+        seen: a forward through them.
+        first: layers at the bottom that stay as they are, of which nothing is asked.
+    """
+    by_list: dict[str, list[Call]] = defaultdict(list)
+    for call in seen.layers:
+        by_list[call.name.rpartition(".")[0]].append(call)
+    found: list[Chain] = []
+    refused: dict[str, str] = {}
+    for name in sorted(lists, key=lambda name: (name.count("."), name)):
+        if any(name.startswith(f"{chain.name}.") for chain in found):
+            continue
+        try:
+            found.append(_chain(name, list(lists[name]), by_list[name], first))
+        except NoChain as reason:
+            refused[name] = str(reason)
+    inside = [name for name in refused if any(name.startswith(f"{other.name}.") for other in found)]
+    return found, {name: reason for name, reason in refused.items() if name not in inside}
+
+
+def _chain(name: str, layers: list[nn.Module], calls: list[Call], first: int) -> Chain:
+    if not calls:
+        raise NoChain("its layers were not called")
+    for call in calls:
+        if (reason := _no_layer(call)) is not None:
+            raise NoChain(f"{call.name} {reason}")
+    passes = _passes(calls)
+    order = [f"{name}.{index}" for index in range(len(layers))]
+    for calls in passes:
+        _check_order(order, [call.name for call in calls])
+    for one, other in itertools.pairwise(passes):
+        if _linked(one[-1], other[0]):
+            raise NoChain("its layers are shared: the list runs again on what it gave")
+    neighbours = [pair for calls in passes for pair in itertools.pairwise(calls[first:])]
+    for before, after in neighbours:
+        _check_handed_on(before, after)
+    calls = passes[0]
+    assert calls[0].given is not None
+    between = any(_read_elsewhere(before, after) for before, after in neighbours)
+    boxes = tuple(dict.fromkeys(box for call in calls for box in call.filled))
+    return Chain(name, layers, calls, calls[0].given.shape[-1], between, boxes)
+
+
+def _no_layer(call: Call) -> str | None:
+    """Why what was called is no layer that takes hidden states and returns them."""
+    given, returned = call.given, call.returned
+    if given is None:
+        return "takes no hidden states first"
+    if returned is None:
+        return f"returns no hidden states first, but {type(call.output).__name__}"
+    if given.shape != returned.shape or given.dim() < 2:
+        return f"turns {tuple(given.shape)} into {tuple(returned.shape)}"
+    if not given.is_floating_point() or given.dtype != returned.dtype:
+        return f"turns {given.dtype} into {returned.dtype}"
+    if call.overwritten:
+        return "writes into the hidden states that it is given, which others read"
+    if lists := [name for name in call.filled if isinstance(call.boxes[name], list)]:
+        return f"writes into its argument {lists[0]}, a list: a state beside the hidden states"
+    if sum(parameter.dim() > 1 for parameter in call.module.parameters()) < 2:
+        return "has less than two weight matrices"
+    if not any(_reads_width(module, given.shape[-1]) for module in call.module.modules()):
+        return f"has nothing that reads the last dimension ({given.shape[-1]}): channels come first"
+    return None
+
+
+def _reads_width(module: nn.Module, width: int) -> bool:
+    weight = getattr(module, "weight", None)
+    shape = tuple(getattr(weight, "shape", ()))
+    if isinstance(module, nn.Linear):
+        return module.in_features == width
+    if type(module).__name__ == "Conv1D":
+        return shape[:1] == (width,)
+    return "norm" in type(module).__name__.lower() and shape[-1:] == (width,)
+
+
+def _passes(calls: list[Call]) -> list[list[Call]]:
+    """The calls, cut where a module comes again."""
+    passes: list[list[Call]] = [[]]
+    for call in calls:
+        if any(call.module is other.module for other in passes[-1]):
+            passes.append([])
+        passes[-1].append(call)
+    return passes
+
+
+def _check_order(order: list[str], called: list[str]) -> None:
+    if called == order:
+        return
+    if missing := [name for name in order if name not in called]:
+        raise NoChain(f"{missing[0]} was not called: layers run only sometimes, or the forward ends early")
+    at = next(index for index, (one, other) in enumerate(zip(order, called, strict=False)) if one != other)
+    raise NoChain(f"{called[at]} was called where {order[at]} was due: layers run in another order than they stand")
+
+
+def _linked(before: Call, after: Call) -> bool:
+    one, other = before.returned, after.given
+    return (
+        one is not None
+        and other is not None
+        and one.data_ptr() == other.data_ptr()
+        and one.shape == other.shape
+        and one.stride() == other.stride()
+        and before.returned_version == after.given_version
+        and after.start > before.end
+    )
+
+
+def _check_handed_on(before: Call, after: Call) -> None:
+    if _linked(before, after):
+        return
+    glue = dict.fromkeys(name for name, inside in before.readers if inside is None)
+    by = f" (by {', '.join(list(glue)[:4])})" if glue else ""
+    raise NoChain(
+        f"hidden states change between {before.name} and {after.name}{by}: states are injected between layers, or the "
+        "model's own code works on them"
+    )
+
+
+def _read_elsewhere(call: Call, after: Call) -> bool:
+    return any(inside is None or not after.contains(inside) for _, inside in call.readers)
+
+
+def owner_of(model: Any, name: str) -> nn.Module:
+    """The nearest transformers model around a list: its call has the user's own arguments."""
+    parents = [
+        name.rsplit(".", depth)[0] if depth <= name.count(".") else "" for depth in range(1, name.count(".") + 2)
+    ]
+    owners = [model.get_submodule(parent) for parent in parents]
+    return next((owner for owner in owners if hasattr(owner, "config") and hasattr(owner, "base_model_prefix")), model)

@@ -1,0 +1,313 @@
+"""The spec of a model that nobody wrote a family file for, found in its structure and proven on the model itself."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.distributed.tensor import DTensor
+
+from ...errors import UnsupportedModelError
+from ..spec import ArchitectureSpec, LayerSpec
+from .batch import made_up
+from .blocks import ByKind, Kind, Whole, Without, kind_of
+from .chains import Chain, NoChain, find_chains, layer_lists, owner_of
+from .proof import Unproven, prove_cut, prove_layers
+from .surroundings import untouched
+from .taps import Tap, ends_in_norm, find_tap
+from .trace import Trace, trace
+
+if TYPE_CHECKING:
+    from ...config import MeftConfig
+
+
+@dataclass(frozen=True)
+class TapOf:
+    """``layer -> module``: one end of the FFN, by the layer's kind."""
+
+    taps: ByKind
+    end: int
+
+    def __call__(self, layer: nn.Module) -> nn.Module:
+        return layer.get_submodule(self.taps.of(layer)[self.end])
+
+
+@dataclass(frozen=True)
+class Constant:
+    """A function of a config that does not look at it: the model was."""
+
+    value: Any
+
+    def __call__(self, config: Any) -> Any:
+        return self.value
+
+
+@dataclass(frozen=True, kw_only=True)
+class FoundLayers(LayerSpec):
+    """The layers of one list, as they were found. All that is in it can be pickled, for it is registered nowhere."""
+
+    list_name: str
+    tapped: bool
+    """Whether every layer has an FFN that was found."""
+    apart: bool
+    """Whether every layer is its attention block and then its MLP block."""
+
+    def serves(self, name: str, layers: nn.ModuleList) -> bool:
+        """Whether these are the layers that were looked at."""
+        return name == self.list_name
+
+
+@dataclass(frozen=True, kw_only=True)
+class FoundArchitecture(ArchitectureSpec):
+    """All that was found of one model."""
+
+    refused: Mapping[str, str] = field(default_factory=dict)
+    """Lists of layers that stay as they are, and why."""
+    line: str = ""
+    """What was found, in one line."""
+
+
+@dataclass(frozen=True)
+class _Objection:
+    """What of the settings the layers found cannot serve."""
+
+    layers: tuple[FoundLayers, ...]
+
+    def __call__(self, config: Any, settings: MeftConfig) -> str | None:
+        whole = [layers.list_name for layers in self.layers if not layers.apart]
+        if settings.variant == "meft3" and (whole or settings.compile_layers):
+            what = f"layers of {whole[0]} could not be taken apart" if whole else "layers taken apart are not compiled"
+            return f"meft3 couples the MLP block after the attention block, and {what}: pass variant='meft1' or 'meft2'"
+        untapped = [layers.list_name for layers in self.layers if not layers.tapped]
+        if settings.adapters == "all" and untapped:
+            return (
+                f"no FFN was found in {untapped[0]} for the adapter beside it: pass adapters='none', with a LoRA inside"
+            )
+        return None
+
+
+def find(model: Any, *, frozen_layers: int = 0, batch: Mapping[str, Any] | None = None) -> FoundArchitecture:
+    """Look for a model's layers, and hold what is found to one forward and backward of a few tokens.
+
+    The model is afterwards as it was before.
+
+    Args:
+        model: a transformers model.
+        frozen_layers: layers at the bottom of every list of which nothing is asked.
+        batch: keyword arguments of its forward to look at it with; made up by default.
+
+    Raises:
+        UnsupportedModelError: nothing was found that holds; says why, and where.
+    """
+    kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
+    refuse_unreadable(model, kind)
+    candidates = layer_lists(model)
+    if not candidates:
+        raise unsupported(
+            kind, ["it holds no nn.ModuleList: layers in a dict or in attributes of their own are not found"]
+        )
+    with torch.inference_mode(False), torch.enable_grad(), untouched(model):
+        model.eval()
+        reasons: dict[str, str] = {}
+        for lists in candidates:
+            seen = _seen(model, kind, lists, batch)
+            chains, refused = find_chains(lists, seen, frozen_layers)
+            reasons |= refused
+            if chains := _language_model(model, chains, refused):
+                break
+        else:
+            raise unsupported(kind, [f"{name}: {reason}" for name, reason in reasons.items()])
+        if batch is None:
+            _refuse_unseen(model, kind, chains)
+        layers: dict[str, FoundLayers] = {}
+        for chain in chains:
+            try:
+                layers[chain.name] = _proven(model, chain, seen, frozen_layers)
+            except (Unproven, NoChain) as reason:
+                refused[chain.name] = str(reason)
+        if not layers:
+            raise unsupported(kind, [f"{name}: {reason}" for name, reason in refused.items()])
+        chains = [chain for chain in chains if chain.name in layers]
+    return _architecture(model, kind, tuple(layers.values()), chains, refused)
+
+
+def _language_model(model: Any, chains: list[Chain], refused: dict[str, str]) -> list[Chain]:
+    """Of a model of several towers, the language model's stacks; of one that is all of a kind, all.
+
+    None where the language model's own do not serve.
+    """
+    try:
+        text = model.config.get_text_config()
+    except (AttributeError, ValueError):  # several texts: an encoder and a decoder
+        return chains
+
+    def is_text(name: str) -> bool:
+        return getattr(owner_of(model, name), "config", None) is text
+
+    inside = [chain for chain in chains if is_text(chain.name)]
+    return inside if inside or any(map(is_text, refused)) else chains
+
+
+def _refuse_unseen(model: nn.Module, kind: str, chains: list[Chain]) -> None:
+    """What made-up texts do not show: states that go in between layers where there are images."""
+    for chain in chains:
+        arguments = inspect.signature(type(owner_of(model, chain.name)).forward).parameters
+        if (name := next((name for name in arguments if "deepstack" in name), None)) is not None:
+            raise unsupported(
+                kind,
+                [
+                    f"{chain.name}: with images, states are injected between layers ({name}); which, is seen with "
+                    "probe=batch, one with images"
+                ],
+            )
+
+
+def unsupported(kind: str, reasons: Iterable[str]) -> UnsupportedModelError:
+    """The error for a model of which too little could be proven."""
+    reasons = list(reasons)
+    more = f" (and {len(reasons) - 3} more)" if len(reasons) > 3 else ""
+    return UnsupportedModelError(
+        f"model type {kind!r} has no family file, and its structure does not serve: {'; '.join(reasons[:3])}{more}. A "
+        "family of your own is made known with meft_kernels.register_architecture; README.md beside "
+        "meft_kernels/architectures says how"
+    )
+
+
+def refuse_unreadable(model: nn.Module, kind: str) -> None:
+    """A model that cannot be run to look at it."""
+    for name, parameter in model.named_parameters():
+        what = "without data" if parameter.is_meta or isinstance(parameter, FakeTensor) else None
+        what = "distributed (DTensor)" if isinstance(parameter, DTensor) else what
+        what = "partitioned by DeepSpeed ZeRO-3" if hasattr(parameter, "ds_id") else what
+        if what is not None:
+            raise unsupported(kind, [f"it must be run to be looked at, and its weight {name} is {what}"])
+
+
+def _seen(model: Any, kind: str, lists: dict[str, nn.ModuleList], batch: Mapping[str, Any] | None) -> Trace:
+    """A forward of the first batch that the model takes."""
+    if batch is not None:
+        cached = "use_cache" in inspect.signature(model.forward).parameters
+        return trace(model, {**batch, **({"use_cache": False} if cached else {})}, lists)
+    errors = []
+    for inputs in made_up(model):
+        try:
+            return trace(model, inputs, lists)
+        except Exception as error:  # whatever a model's own code says to inputs that it does not take
+            errors.append(f"{type(error).__name__}: {error}".splitlines()[0][:200])
+    what = f" ({errors[0]})" if errors else ""
+    raise unsupported(
+        kind, [f"it could not be called on made-up inputs{what}: pass probe=batch, arguments of its forward"]
+    )
+
+
+def _proven(model: Any, chain: Chain, seen: Trace, first: int) -> FoundLayers:
+    """One list's layers, from the first that is to be patched on held to what they seem to be."""
+    if len(chain.layers) <= first:
+        raise NoChain(f"frozen_layers={first} leaves none of its {len(chain.layers)} layers")
+    owner = owner_of(model, chain.name)
+    chain.read_between |= id(owner) in seen.asked
+    if any(id(owner) not in call.models for call in chain.calls):
+        raise NoChain(f"its layers are called by another model than the {type(owner).__name__} that they are in")
+    prove_layers(chain, seen, first)
+    return _layers_of(model, chain, seen, first)
+
+
+def _layers_of(model: nn.Module, chain: Chain, seen: Trace, first: int) -> FoundLayers:
+    """The spec of one list's layers."""
+    taps: dict[Kind, Tap] = {}
+    attention: dict[Kind, Any] = {}
+    mlp: dict[Kind, Any] = {}
+    tapped = apart = True
+    for call in chain.calls[first:]:
+        parts = sorted(_once(seen, call), key=lambda part: part.start)
+        tap = find_tap(parts, chain.width) or Tap("", "")
+        cut = prove_cut(call, parts, tap, by_rows=kind_of(call.module) not in mlp) if apart else None
+        tapped, apart = tapped and tap.writes != "", apart and cut is not None
+        for found, value in ((taps, tap), *(((attention, cut[0]), (mlp, cut[1])) if cut else ())):
+            kind = kind_of(call.module)
+            if found.setdefault(kind, value) != value:
+                apart = apart and found is taps
+                if found is taps:
+                    raise NoChain(
+                        f"layers of {chain.name} have the same parts, and their FFNs are not in the same place"
+                    )
+    owner = owner_of(model, chain.name)
+    by_kind = ByKind(taps)
+    return FoundLayers(
+        layer_class=tuple({type(layer).__name__: None for layer in chain.layers}),
+        attention_block=Without(ByKind(attention), bare=False) if apart else Whole(),
+        mlp_block=Without(ByKind(mlp), bare=True) if apart else Whole(),
+        ffn_reads=TapOf(by_kind, 0),
+        ffn_writes=TapOf(by_kind, 1),
+        post_norm=Constant(ends_in_norm(chain.calls[-1], _once(seen, chain.calls[-1]))),
+        in_turn=Constant(apart),
+        layerdrop=Constant(_layerdrop(getattr(owner, "config", None), chain.name)),
+        hidden_size=Constant(chain.width),
+        read_between=chain.read_between,
+        boxes=chain.boxes,
+        list_name=chain.name,
+        tapped=tapped,
+        apart=apart,
+    )
+
+
+def _once(seen: Trace, call: Any) -> list[Any]:
+    return [part for part in seen.parts[id(call.module)] if call.contains(part)]
+
+
+def _layerdrop(config: Any, name: str) -> float:
+    names = ["layerdrop", *(f"{side}_layerdrop" for side in ("encoder", "decoder") if side in name)]
+    return max(float(getattr(config, name, 0.0) or 0.0) for name in names)
+
+
+_ACTIVATIONS = (
+    "hidden_act", "hidden_activation", "activation_function", "dense_act_fn", "activation", "mlp_hidden_act", "act_fn",
+    "hidden_activation_fn",
+)  # fmt: skip
+_DROPOUTS = (
+    "hidden_dropout_prob", "resid_pdrop", "residual_dropout", "resid_dropout", "hidden_dropout", "mlp_dropout",
+    "dropout_rate", "dropout",
+)  # fmt: skip
+
+
+def _architecture(
+    model: Any, kind: str, layers: tuple[FoundLayers, ...], chains: list[Chain], refused: dict[str, str]
+) -> FoundArchitecture:
+    from transformers.activations import ACT2FN
+
+    config = getattr(owner_of(model, chains[0].name), "config", model.config)
+    names = [getattr(config, name, None) for name in _ACTIVATIONS]
+    activation = next((name for name in names if isinstance(name, str) and name in ACT2FN), "gelu")
+    rates = [getattr(config, name, None) for name in _DROPOUTS]
+    dropout = next((rate for rate in rates if isinstance(rate, float)), 0.0)
+    base = getattr(model, "base_model", model)
+    lines = "; ".join(_line(found, chain) for found, chain in zip(layers, chains, strict=True))
+    aside = "".join(
+        f"; {name} stays as it is: {reason}" for name, reason in refused.items() if "not called" not in reason
+    )
+    return FoundArchitecture(
+        model_types=(kind,),
+        layers=layers,
+        activation=Constant(activation),
+        dropout=Constant(float(dropout)),
+        hidden_size=Constant(chains[0].width),
+        head_modules=("pooler",) if isinstance(getattr(base, "pooler", None), nn.Module) else (),
+        objection=_Objection(layers),
+        refused=refused,
+        line=f"found in {type(model).__name__} ({kind}), no family file: {lines}{aside}",
+    )
+
+
+def _line(found: FoundLayers, chain: Chain) -> str:
+    taps: list[Tap] = list(dict.fromkeys(found.ffn_reads.taps.values.values()))  # type: ignore[attr-defined]
+    ends = [tap.reads if tap.reads == tap.writes else f"{tap.reads} to {tap.writes}" for tap in taps if tap.writes]
+    return (
+        f"{found.list_name}, {len(chain.layers)} {' and '.join(found.class_names)}, H = {chain.width}, "
+        f"FFN {' or '.join(ends) or 'not found'}, {'in two blocks' if found.apart else 'whole'}"
+        + (", read between layers" if chain.read_between else "")
+    )
