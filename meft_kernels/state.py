@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from .adapters import Adapter
 from .config import MeftConfig
@@ -93,7 +94,7 @@ def unwrap(model: Any) -> Any:
     """The transformers model inside a PEFT, DDP or ``torch.compile`` wrapper, or a model of sentence-transformers."""
     while True:
         if hasattr(model, "get_base_model"):
-            model = model.get_base_model()
+            model = _inside_peft(model)
         elif isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
             model = model.module
         elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
@@ -102,6 +103,14 @@ def unwrap(model: Any) -> Any:
             model = model.transformers_model
         else:
             return model
+
+
+def _inside_peft(model: Any) -> Any:
+    try:
+        return model.get_base_model()
+    except KeyError:  # it asks the active adapter how it is built in, and that one was deleted
+        inner = model.base_model
+        return inner if isinstance(inner, PreTrainedModel) else inner.model
 
 
 def is_sentence_encoder(model: Any) -> bool:

@@ -1,0 +1,1 @@
+"""Peers' own tests, unchanged, on patched models: ``python -m benchmarks.peers``."""
