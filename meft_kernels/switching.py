@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from copy import deepcopy
@@ -16,10 +17,13 @@ from .config import MeftConfig
 from .errors import PatchError
 from .insertion import make_adapters
 from .modules import modules_of
+from .notices import warn_once
 from .rollback import all_or_nothing
 from .state import AdapterSlot, PatchState, between_passes, dtype_beside, require_state, unwrap
 from .targets import find_spec
-from .unfrozen import adopt_unfrozen
+from .unfrozen import adopt_unfrozen, unfrozen
+
+logger = logging.getLogger(__name__)
 
 ADAPTER_SETTINGS = (
     "rank", "activation", "dropout", "down_init_std", "up_init_std", "adapter_dtype", "fraction_bits"
@@ -193,17 +197,33 @@ def activated(model: nn.Module, adapter_name: str) -> Iterator[None]:
 def disable_adapter(model: nn.Module) -> Iterator[None]:
     """Inside a ``with`` block the model computes what it did, frozen, before :func:`patch`: DPO's reference, say.
 
-    Bit for bit: adapters and coupling are out of the way. Modules trained beside them (a task head) stay as they are.
+    Bit for bit: adapters and coupling are out of the way. What trains beside them (a task head, norms) stays as it is;
+    of parameters that were pretrained, a warning tells.
     It holds for this thread, and for forwards: the backward of one made outside of the block has its adapters inside,
     too.
 
     Raises:
         PatchError: the model is not patched.
     """
+    state = require_state(model)
+    if changed := _pretrained_that_train(unwrap(model), state):
+        warn_once(
+            logger,
+            f"meft_kernels: disable_adapter leaves out adapters, and not what trains beside them ({changed[0]} among "
+            f"{len(changed)} parameters): it is not the pretrained model that computes",
+        )
     with ExitStack() as bypasses:
-        for stack in require_state(model).stacks:
+        for stack in state.stacks:
             bypasses.enter_context(stack.bypass())
         yield
+
+
+def _pretrained_that_train(base: nn.Module, state: PatchState) -> list[str]:
+    """Single parameters that train beside the adapters, norms and biases say; heads are no part of what was loaded."""
+    inside = {id(parameter) for stack in state.stacks for parameter in stack.owner.parameters()}
+    named = dict(base.named_parameters())
+    owned = [name for name in state.trained_modules if name in named and id(named[name]) in inside]
+    return [*owned, *unfrozen(base, state)]
 
 
 def _check_may_switch(model: nn.Module, state: PatchState) -> None:

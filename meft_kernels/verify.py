@@ -151,7 +151,8 @@ def verify(model: nn.Module, batch: Batch) -> VerifyReport:
         raise ReversibleUsageError("nothing in this model is trainable, so there are no gradients to verify")
     if all(stack.reversible_end == stack.first for stack in state.stacks):
         raise ReversibleUsageError(
-            "no layer is reversible (engine='autograd' or reversible_layers=0): nothing to verify"
+            "no layer is reversible (engine='autograd', reversible_layers=0, or a budget in which all fits): "
+            "nothing to verify"
         )
     if "use_cache" in inspect.signature(base.forward).parameters:
         batch = {"use_cache": False, **batch}

@@ -12,6 +12,7 @@ import torch
 
 import meft_kernels
 from meft_kernels import PatchError, ReversibleUsageError
+from meft_kernels.notices import warn_once
 from meft_kernels.state import fraction_bits_of, require_state
 
 from .models import TRAINABLE_START, VARIANTS, tiny_batch, tiny_bert, tiny_llama
@@ -143,6 +144,16 @@ def test_disabled_and_unpatched() -> None:
     assert torch.equal(logits(model, **batch), expected)
     assert model.state_dict().keys() == plain.state_dict().keys()
     assert "save_pretrained" not in vars(model)
+
+
+def test_a_disabled_adapter_whose_norms_train_is_not_the_pretrained_model(caplog: pytest.LogCaptureFixture) -> None:
+    model = meft_kernels.patch(tiny_bert(), **TRAINABLE_START)  # with a head that trains, which is what a head is for
+    warn_once.cache_clear()
+    with meft_kernels.disable_adapter(model):
+        assert not caplog.records
+    model.bert.encoder.layer[1].output.LayerNorm.requires_grad_(True)
+    with meft_kernels.disable_adapter(model):
+        assert "bert.encoder.layer.1.output.LayerNorm.weight among 2 parameters" in caplog.text
 
 
 def test_deleted() -> None:

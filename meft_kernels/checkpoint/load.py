@@ -49,7 +49,8 @@ def load_adapter(model: Model, directory: str | os.PathLike[str], adapter_name: 
     """Read what :func:`~meft_kernels.save_adapter` wrote into a model of the same base; patch it if it is not patched.
 
     Strict: base model, settings, names and shapes must agree, or nothing is changed. Parameters that were trained
-    beside the adapters (norms, biases) are trainable again.
+    beside the adapters (norms, biases) are trainable again. How a model is run (tiles, remainders, loss, engine) is not
+    read: that of a patched model stays, another gets the defaults.
 
     Args:
         model: a model, patched or not.

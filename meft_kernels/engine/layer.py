@@ -185,7 +185,7 @@ class PatchedLayer(BoundForward):
         if rows == "auto":
             return cut(hidden_states.shape, auto_rows(hidden_states.device))
         tiles = cut(hidden_states.shape, rows)
-        if len(tiles) == 1:
+        if len(tiles) == 1 and rows > hidden_states.shape[:-1].numel():
             warn_once(logger, f"meft_kernels: tile={rows} has more rows than a batch, which is computed as one tile")
         return tiles
 

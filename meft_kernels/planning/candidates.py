@@ -1,4 +1,4 @@
-"""Which settings are tried, in order of time, the fastest first; ``costs`` says why in this order."""
+"""Which settings are tried, in the order of their time on a large GPU; ``costs`` says why in this order."""
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ def plan(
     any_length: bool = False,
     **overrides: Any,
 ) -> Plan:
-    """The fastest settings with which a training step fits into ``memory``. Nothing is patched or run.
+    """The first settings, in the order of their time, with which a step fits into ``memory``. Nothing is patched.
 
     In this order: as few reversible layers as fit; all of them; a coefficient of -1/8, if allowed; attention in pieces;
     remainders in host memory; both; smaller tiles. What is computed changes with the coefficient alone. A setting that

@@ -37,7 +37,7 @@ class Plan:
     settings: dict[str, Any]
     """Those that were chosen and differ from what was given."""
     candidates: tuple[Candidate, ...]
-    """In order of time, the fastest first; the last one was chosen."""
+    """As they were tried; the last one was chosen."""
     memory: int
     """Bytes of the budget."""
     reserve: int
@@ -85,7 +85,7 @@ class Plan:
     def rows_of_table(self) -> list[tuple[str, ...]]:
         """The head of the table and its cells."""
         host = any(each.step.host for each in self.candidates)
-        head = ("settings, fastest first", "time", "peak", "total", *(["host"] if host else []), "fits")
+        head = ("settings, as tried", "time", "peak", "total", *(["host"] if host else []), "fits")
         body = [
             (
                 each.what,

@@ -185,7 +185,10 @@ def refuse_unreadable(model: nn.Module, kind: str) -> None:
         what = "distributed (DTensor)" if isinstance(parameter, DTensor) else what
         what = "partitioned by DeepSpeed ZeRO-3" if hasattr(parameter, "ds_id") else what
         if what is not None:
-            raise unsupported(kind, [f"it must be run to be looked at, and its weight {name} is {what}"])
+            more = (
+                " (as in an estimate, a plan or a budget, which need a family file)" if what == "without data" else ""
+            )
+            raise unsupported(kind, [f"it must be run to be looked at, and its weight {name} is {what}{more}"])
 
 
 def _seen(model: Any, kind: str, lists: dict[str, nn.ModuleList], batch: Mapping[str, Any] | None) -> Trace:
