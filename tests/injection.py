@@ -76,9 +76,11 @@ def interrupted(operation: Callable[[], object], at: int, error: type[BaseExcept
     """Run an operation with an error in the place of its call number ``at``.
 
     Returns:
-        Where the error was raised; None where the operation made fewer calls this time.
+        Where the error was raised; None where the operation made fewer calls this time, or this one was a finaliser's.
     """
     calls = _Calls(at, error)
+    dropped: list[object] = []  # Python drops what finalisers and callbacks of weak references raise
+    before, sys.unraisablehook = sys.unraisablehook, dropped.append
     sys.setprofile(calls)
     try:
         operation()
@@ -88,6 +90,9 @@ def interrupted(operation: Callable[[], object], at: int, error: type[BaseExcept
         return calls.place
     finally:
         sys.setprofile(None)
+        sys.unraisablehook = before
+    if dropped:
+        return None
     assert not calls.place, f"went on after an error in {calls.place}"
     return None
 

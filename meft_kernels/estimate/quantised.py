@@ -42,7 +42,7 @@ class QuantisedLinear(nn.Linear):
             packed, scales = count, 4 * rows
         device = plain.weight.device
         self.weight = nn.Parameter(torch.empty(packed, 1, dtype=torch.uint8, device=device), requires_grad=False)
-        self.register_buffer("scales", torch.empty(scales, dtype=torch.uint8, device=device))
+        self.scales = nn.Parameter(torch.empty(scales, dtype=torch.uint8, device=device), requires_grad=False)
         self.bias = plain.bias
 
     def dequantise(self, dtype: torch.dtype) -> torch.Tensor:
