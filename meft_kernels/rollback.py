@@ -51,9 +51,9 @@ class all_or_nothing:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is not None:
-            self._restore()
+            self.restore()
 
-    def _restore(self) -> None:
+    def restore(self) -> None:
         """Put all of it back; containers and tensors stay the same objects."""
         for container, content in zip(self._containers, self._contents, strict=True):
             container.clear()

@@ -198,9 +198,8 @@ def disable_adapter(model: nn.Module) -> Iterator[None]:
     """Inside a ``with`` block the model computes what it did, frozen, before :func:`patch`: DPO's reference, say.
 
     Bit for bit: adapters and coupling are out of the way. What trains beside them (a task head, norms) stays as it is;
-    of parameters that were pretrained, a warning tells.
-    It holds for this thread, and for forwards: the backward of one made outside of the block has its adapters inside,
-    too.
+    of parameters that were pretrained, a warning tells. It holds for this thread, and for forwards: the backward of one
+    made outside of the block has its adapters inside, too.
 
     Raises:
         PatchError: the model is not patched.

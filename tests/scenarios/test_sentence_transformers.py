@@ -12,6 +12,8 @@ from transformers import BertConfig, BertModel, BertTokenizerFast, TrainerCallba
 
 import meft_kernels
 
+from ..test_trainer import StopAt, losses
+
 sentence_transformers = pytest.importorskip("sentence_transformers", minversion="6")
 
 WORDS = "a good bad film plot dull fine sun rain day night red blue one two"
@@ -91,18 +93,6 @@ def trainer_for(model: Any, folder: Path, *callbacks: TrainerCallback, **argumen
         loss=Loss(model),
         callbacks=list(callbacks),
     )
-
-
-class StopAt(TrainerCallback):
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        control.should_training_stop = state.global_step >= self.step
-
-
-def losses(trainer: Any) -> list[float]:
-    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
 @KINDS
