@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from ..modules import owner_of
 from .attention import AttentionPieces
 
 if TYPE_CHECKING:
@@ -26,6 +27,10 @@ def _in_turn(config: Any) -> bool:
 
 def _no_layerdrop(config: Any) -> float:
     return 0.0
+
+
+def _unbroken(config: Any) -> Sequence[int]:
+    return ()
 
 
 def _hidden_size(config: Any) -> int:
@@ -83,14 +88,29 @@ class LayerSpec:
     """The probability, from the model's config, with which its forward leaves out such a layer in training."""
     hidden_size: Callable[[Any], int] | None = None
     """Width of these layers' hidden states, from the model's config, where it is not the family's."""
+    activation: Callable[[Any], str] | None = None
+    """Name of their activation, from the model's config, where it is not the family's."""
+    dropout: Callable[[Any], float] | None = None
+    """Their hidden dropout probability, likewise."""
     read_between: bool = False
     """Whether the model reads what layers return elsewhere than in the next: each then hands on its read-out."""
     boxes: tuple[str, ...] = ()
     """Arguments, mappings, by which layers hand tensors to later ones (keys and values that they share)."""
+    begins: Callable[[Any], Sequence[int]] = _unbroken
+    """Indices, from the model's config, of layers, not the first, below which the model's own code may change hidden
+    states (images injected there, say): streams are read out before them and begin anew."""
 
     def __post_init__(self) -> None:
         _check_callables(
-            self, "attention_block", "mlp_block", "ffn_reads", "ffn_writes", "post_norm", "in_turn", "layerdrop"
+            self,
+            "attention_block",
+            "mlp_block",
+            "ffn_reads",
+            "ffn_writes",
+            "post_norm",
+            "in_turn",
+            "layerdrop",
+            "begins",
         )
 
     @property
@@ -104,6 +124,14 @@ class LayerSpec:
     def serves(self, name: str, layers: nn.ModuleList) -> bool:
         """Whether a model's list of this name is one of such layers."""
         return all(self.matches(layer) for layer in layers)
+
+    def calls(self, layers: Sequence[nn.Module]) -> tuple[int, ...]:
+        """Indices of the layers of such a list that one pass calls, in turn."""
+        return tuple(range(len(layers)))
+
+    def owner(self, model: nn.Module, name: str) -> nn.Module:
+        """The model inside ``model`` whose forward calls the layers of the list of this name."""
+        return owner_of(model, name)
 
 
 @dataclass(frozen=True, kw_only=True)
