@@ -113,6 +113,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     },
     "qwen3_vl": _DEEPSTACK,
     "qwen3_vl_moe": _DEEPSTACK,
+    "cosmos3_omni": _DEEPSTACK,
     "gemma3n_text": {"num_hidden_layers": 4, "num_kv_shared_layers": 2, "layer_types": _SHARING},
     "gemma4_text": {"num_hidden_layers": 4, "num_kv_shared_layers": 2, "layer_types": _SHARING},
     "gemma4": {"text_config": {"num_hidden_layers": 4, "num_kv_shared_layers": 2, "layer_types": _SHARING}},

@@ -426,6 +426,27 @@ REFUSALS = (
         ("test_bad_input.py", "-k", "filled_cache"),
     ),
     Mutation(
+        "streams go on where states are injected",
+        "layer_lists.py",
+        "ends = [0, *self.begins, len(self.calls)]",
+        "ends = [0, len(self.calls)]",
+        ("architectures/test_structures.py", "-k", "exact and runs"),
+    ),
+    Mutation(
+        "a shared layer draws the same random numbers in all its calls",
+        "engine/branch.py",
+        "base + 2 * self.call.place",
+        "base + 2 * self.call.layer.index",
+        ("architectures/test_structures.py", "-k", "random_numbers"),
+    ),
+    Mutation(
+        "another model than the saved one is patched",
+        "architectures/found/saved.py",
+        "if here != there:",
+        "if False:",
+        ("architectures/test_structures.py", "-k", "another_model_than"),
+    ),
+    Mutation(
         "layers may be called out of order",
         "engine/passes.py",
         "if due is not layer:",

@@ -18,6 +18,8 @@ from transformers.modeling_outputs import BaseModelOutput
 
 import meft_kernels
 from meft_kernels import AdapterFileError, UnsupportedModelError
+from meft_kernels.architectures import registry
+from meft_kernels.architectures.found import find
 from meft_kernels.state import require_state
 
 from ..models import StreamWitness, worst_error
@@ -150,6 +152,17 @@ def test_all_runs_are_calibrated_in_one_pass() -> None:
     assert len(calls) == 2  # the probe, and the forward itself
 
 
+def test_calls_of_a_shared_layer_draw_random_numbers_of_their_own() -> None:
+    model = patched(albert(), up_init_std=0.0)
+    drawn: list[torch.Tensor] = []
+    dropout = model.albert.encoder.albert_layer_groups[0].albert_layers[0].attention.output_dropout
+    dropout.p = 0.5
+    dropout.register_forward_hook(lambda module, args, output: drawn.append(output.detach() == 0))
+    model.train()(**IDS)
+    *_, one, two, three = drawn  # the last pass; those before are the calibration's
+    assert not torch.equal(one, two) and not torch.equal(two, three)
+
+
 def test_a_layer_that_is_left_out() -> None:
     """A pass that ends between two runs is none that the streams of the second know of; one within a run is told."""
     model = meft_kernels.patch(made_up(run=injects)).train()
@@ -173,6 +186,33 @@ def test_states_that_change_everywhere() -> None:
 
     with pytest.raises(UnsupportedModelError, match=r"change between stack\.0 and stack\.1 \(by .*add"):
         meft_kernels.patch(made_up(run=everywhere))
+
+
+def test_a_family_says_where_streams_begin(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "_SPECS", dict(registry._SPECS))
+    layers = find(made_up()).layers[0]
+    results = []
+    for begins in ((1,), (3,), (0,)):
+        spec = meft_kernels.LayerSpec(
+            layer_class="Layer",
+            attention_block=layers.attention_block,
+            mlp_block=layers.mlp_block,
+            ffn_reads=layers.ffn_reads,
+            ffn_writes=layers.ffn_writes,
+            begins=lambda config, begins=begins: begins,
+        )
+        meft_kernels.register_architecture(
+            meft_kernels.ArchitectureSpec(model_types=("made_up",), layers=(spec,), activation=lambda config: "silu")
+        )
+        model = made_up(run=injects)
+        if begins == (1,):
+            results = [step(patched(model, engine="reversible").train(), IDS)]
+            results.append(step(patched(made_up(run=injects), engine="autograd").train(), IDS))
+        else:
+            with pytest.raises(UnsupportedModelError, match="begins must be ascending indices of layers above the"):
+                meft_kernels.patch(model)
+    assert results[0][0] == results[1][0]
+    assert worst_error(results[0][1], results[1][1]) <= FP32_BOUND
 
 
 # ------------------------------------------------------------------ towers

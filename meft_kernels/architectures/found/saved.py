@@ -1,7 +1,7 @@
 """What was found of a model's layers as plain values, for an adapter's file, and back: a model is then held to it.
 
 An adapter is loaded where there may be no batch that shows all that was seen when it was trained: images that go in
-between layers, a vision tower. What is seen again must be the same; what is not, is taken from the file if the model has
+between layers, a vision tower. What is seen again must be the same; the rest is taken from the file, if the model has
 the parts.
 """
 
