@@ -137,7 +137,7 @@ def _describe(model: Any, name: str, layers: list[nn.Module], spec: Architecture
             kind=kind,
             spec=layer_spec,
             hidden_size=(layer_spec.hidden_size or spec.hidden_size)(model.config),
-            layerdrop=layer_spec.layerdrop(model.config) > 0,
+            layerdrop=layer_spec.layerdrop(model.config) > 0 and len(calls) == len(layers),
             post_norm=layer_spec.post_norm(model.config),
             in_turn=layer_spec.in_turn(model.config),
             under_peft=is_peft(model),

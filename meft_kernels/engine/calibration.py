@@ -112,12 +112,15 @@ class Uncalibrated(Protocol):
     arithmetic: Arithmetic | None
     max_bits: int | None
     passes: Passes
+    passed_by: set[frozenset[str]]
+    """Names of arguments with which calls of the model do not go through it."""
 
 
 def calibrate(stacks: Sequence[Uncalibrated], call: OwnerCall, turn: AbstractContextManager[Any]) -> None:
     """Choose ``fraction_bits`` of a model's stacks that have none, from one forward in float32 streams without a trace.
 
-    A stack through which this call does not go has none afterwards either.
+    A stack through which this call does not go has none afterwards, and is not tried again in calls with the same
+    arguments: texts alone, where it is for images.
 
     Args:
         stacks: all those that the model's own forward goes through.
@@ -128,16 +131,23 @@ def calibrate(stacks: Sequence[Uncalibrated], call: OwnerCall, turn: AbstractCon
         NonFiniteError: the model gives NaN or infinities on these inputs; names the layer.
         ReversibleUsageError: the batch is empty.
     """
-    if all(stack.arithmetic is not None for stack in stacks):
+    given = frozenset(name for name, value in call.named.items() if value is not None)
+
+    def is_due(stack: Uncalibrated) -> bool:
+        return stack.arithmetic is None and given not in stack.passed_by
+
+    if not any(map(is_due, stacks)):
         return
     with turn:
-        probes = [(stack, Probe(impl=stack.config.impl)) for stack in stacks if stack.arithmetic is None]
+        probes = [(stack, Probe(impl=stack.config.impl)) for stack in stacks if is_due(stack)]
         if not probes:
             return
         owner = stacks[0].owner
         training = owner.training
-        for stack in stacks:
-            stack.passes.begin(Way(stack.arithmetic or next(probe for other, probe in probes if other is stack)))
+        ways = [(stack, Way(stack.arithmetic)) for stack in stacks if stack.arithmetic is not None]
+        ways += [(stack, Way(probe)) for stack, probe in probes]
+        for stack, way in ways:
+            stack.passes.begin(way)
         try:
             if any(stack.layerdrop for stack in stacks):
                 owner.training = False  # the owner's own switch: no layer may be left out, dropout stays as it is
@@ -145,9 +155,11 @@ def calibrate(stacks: Sequence[Uncalibrated], call: OwnerCall, turn: AbstractCon
                 call.repeat(copies_of_caches(call.named))
         finally:
             owner.training = training
-            for stack in stacks:
+            for stack, _ in ways:
                 stack.passes.end()
         for stack, probe in probes:
-            if probe.entered:
+            if not probe.entered:
+                stack.passed_by.add(given)
+            else:
                 at_most = MAX_CALIBRATED_BITS if stack.max_bits is None else min(stack.max_bits, MAX_CALIBRATED_BITS)
                 stack.arithmetic = Arithmetic(probe.fraction_bits_for(at_most, stack.label), stack.config.impl)

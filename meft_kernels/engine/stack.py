@@ -68,6 +68,8 @@ class ReversibleStack:
         """The layer of each call."""
         self.arithmetic: Arithmetic | None
         """None until the first batch has chosen ``fraction_bits``."""
+        self.passed_by: set[frozenset[str]] = set()
+        """Names of arguments with which calls of the owner do not go through the stack."""
         self.gate = gate or Gate()
         """For all stacks of a model: passes go through, whoever changes what they read waits for them."""
         self._switch = Switch()
@@ -259,6 +261,7 @@ class ReversibleStack:
             )
         if self.config.arithmetic == "exact":
             self.arithmetic = None
+        self.passed_by.clear()
 
     def set_fraction_bits(self, fraction_bits: int) -> int:
         """Use these, calibrated elsewhere; fewer, if streams overflowed here or the settings say so. Returns them."""

@@ -203,7 +203,7 @@ def test_a_lora_inside() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "code", "message"), [("lfm2", 0, "FFN feed_forward"), ("albert", 1, "layers are shared")]
+    ("name", "code", "message"), [("lfm2", 0, "FFN feed_forward"), ("resnet", 1, "its structure does not serve")]
 )
 def test_a_model_is_looked_at_from_its_config(name: str, code: int, message: str, tmp_path: Path) -> None:
     config_class = transformers.CONFIG_MAPPING[name]

@@ -268,6 +268,23 @@ def test_stacks_by_name(stacks: tuple[str, ...] | None, expected: list[str], tmp
     assert sorted(lists_of(other)) == expected
 
 
+def test_a_tower_that_is_seldom_used_is_calibrated_when_it_is() -> None:
+    """Calls that pass it by cost one forward more, the first one, and not each."""
+    model = patched(two_towers(), probe=BOTH).train()
+    calls: list[int] = []
+    model.words.register_forward_hook(lambda *_: calls.append(1))
+    for _ in range(3):
+        model(**IDS)
+    assert len(calls) == 4
+    assert sorted(bits is None for bits in (s.fraction_bits for s in meft_kernels.describe(model).stacks)) == [
+        False,
+        True,
+    ]
+    model(**BOTH).last_hidden_state.mean().backward()
+    assert None not in (stack.fraction_bits for stack in meft_kernels.describe(model).stacks)
+    assert len(calls) == 6
+
+
 def test_stacks_that_are_not_there() -> None:
     model = two_towers()
     before = list(model.state_dict())
@@ -349,6 +366,11 @@ CHANGES: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
         lambda s: (s.update(list="blocks"), s["found"].update(list="blocks")),
         "holds no list of layers blocks",
     ),
+    "another width": (
+        lambda s: s["found"].update(hidden_size=10**9),
+        r"stack\.0 has no weight of the width 1000000000",
+    ),
+    "endless": (lambda s: s["found"].update(layerdrop=10**400), "no valid 'structure'"),
     "damaged": (lambda s: s["found"].update(kinds=3), "no valid 'structure'"),
     "no list": (lambda s: s.update(begins=None), "no valid 'structure'"),
 }

@@ -89,7 +89,7 @@ def from_plain(value: Any) -> FoundLayers:
             order=order,
             owner_name=str(value["owner"]),
         )
-    except (TypeError, KeyError, AttributeError) as error:
+    except (TypeError, KeyError, AttributeError, OverflowError) as error:
         raise ValueError(f"{type(error).__name__}: {error}") from error
 
 
@@ -174,6 +174,9 @@ def _check_parts(model: nn.Module, saved: FoundLayers, first: int) -> None:
                 f"{saved.list_name}.{index} is a {type(layer).__name__} of other parts than there were when the "
                 "adapter was saved"
             )
+        width = saved.hidden_size(None)  # type: ignore[misc]
+        if not any(width in parameter.shape for parameter in layer.parameters()):
+            raise Differs(f"{saved.list_name}.{index} has no weight of the width {width}")
         inside = dict(layer.named_modules())
         paths = [*tap, *(part.path for block in (saved.attention_block, saved.mlp_block) for part in _of(block, layer))]
         if missing := [path for path in paths if path not in inside]:
