@@ -308,7 +308,7 @@ def _bind(
 ) -> ReversibleStack:
     """One run through a list, its layers' adapters inserted."""
     stack = ReversibleStack(target, run, config, gate)
-    layers = []
+    layers: list[PatchedLayer] = []
     for index in dict.fromkeys(run.calls):
         layer, made = target.layers[index], adapters[index]
         inside: dict[str, nn.Module] = {**made}

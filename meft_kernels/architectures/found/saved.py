@@ -139,7 +139,7 @@ def taken_up(model: nn.Module, saved: FoundLayers, found: FoundLayers | None, fi
         return saved
     for what in ("class_names", "order", "owner_name", "boxes"):
         _check_same(saved, what, getattr(found, what), getattr(saved, what))
-    _check_same(saved, "the width", found.hidden_size(None), saved.hidden_size(None))  # type: ignore[misc]
+    _check_same(saved, "the width", found.hidden_size(None), saved.hidden_size(None))
     for kind, tap in _taps(found).items():
         _check_same(saved, f"the FFN of {kind[0]}", tuple(tap), tuple(_taps(saved).get(kind, ())))
     if unknown := [place for place in found.begins(None) if place not in saved.begins(None)]:
@@ -174,7 +174,7 @@ def _check_parts(model: nn.Module, saved: FoundLayers, first: int) -> None:
                 f"{saved.list_name}.{index} is a {type(layer).__name__} of other parts than there were when the "
                 "adapter was saved"
             )
-        width = saved.hidden_size(None)  # type: ignore[misc]
+        width = saved.hidden_size(None)
         if not any(width in parameter.shape for parameter in layer.parameters()):
             raise Differs(f"{saved.list_name}.{index} has no weight of the width {width}")
         inside = dict(layer.named_modules())

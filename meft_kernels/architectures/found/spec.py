@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -55,6 +55,7 @@ class Constant:
 class FoundLayers(LayerSpec):
     """The layers of one list, as they were found. All that is in it can be pickled, for it is registered nowhere."""
 
+    hidden_size: Callable[[Any], int]
     list_name: str
     tapped: bool
     """Whether every layer has an FFN that was found."""
@@ -354,7 +355,7 @@ def _architecture(model: Any, kind: str, layers: tuple[FoundLayers, ...], refuse
         layers=layers,
         activation=layers[0].activation or Constant("gelu"),
         dropout=layers[0].dropout or Constant(0.0),
-        hidden_size=layers[0].hidden_size or Constant(0),
+        hidden_size=layers[0].hidden_size,
         head_modules=("pooler",) if isinstance(getattr(base, "pooler", None), nn.Module) else (),
         objection=_Objection(layers),
         refused=refused,
