@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from .layer_spec import LayerSpec, check_callables
 
+__all__ = ["ArchitectureSpec", "LayerSpec"]
+
 if TYPE_CHECKING:
     from ..config import MeftConfig
 
