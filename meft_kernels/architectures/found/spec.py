@@ -18,9 +18,9 @@ from .batch import made_up
 from .blocks import ByKind, Kind, Whole, Without, kind_of
 from .chains import Chain, NoChain, find_chains, layer_lists, owner_of
 from .proof import Unproven, prove_cut, prove_layers
-from .surroundings import untouched
 from .taps import Tap, ends_in_norm, find_tap
 from .trace import Trace, trace
+from .untouched import untouched
 
 if TYPE_CHECKING:
     from ...config import MeftConfig
