@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from .adapters import Adapter, FfnTap
+from .architectures.found import FoundArchitecture
 from .checkpoint.binding import LoadingBinding, SavingBinding
 from .config import MeftConfig
 from .engine.layer import ADAPTERS, PatchedLayer
@@ -118,6 +119,7 @@ def patch(
     with all_or_nothing(model):
         state = _change(model, base, lists, adapters, trained, head, config)
         state.plan = budget
+        state.found = spec if isinstance(spec, FoundArchitecture) else None
         _report(base, state)
     return model
 

@@ -12,6 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .adapters import Adapter
+from .architectures import ArchitectureSpec
 from .config import MeftConfig
 from .engine.arithmetic import Arithmetic
 from .engine.layer import ADAPTERS
@@ -77,6 +78,8 @@ class PatchState:
     with its adapters again."""
     plan: Plan | None = None
     """How the settings were chosen, where a budget was given."""
+    found: ArchitectureSpec | None = None
+    """What was found of the model, where it has no family file: patched, it is not looked at again."""
 
     @property
     def adapter_names(self) -> tuple[str, ...]:

@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from .architectures import ArchitectureSpec, LayerSpec, find_architecture, supported_model_types
-from .architectures.found import find
+from .architectures.found import find, find_on_a_copy, has_no_data
 from .config import MeftConfig
 from .errors import UnsupportedModelError
 
@@ -67,7 +67,10 @@ def find_spec(
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     spec = find_architecture(model_type) if model_type else None
     if spec is None and trust == "found" and model_type and isinstance(model, PreTrainedModel):
-        found = find(model, frozen_layers=config.frozen_layers, batch=probe)
+        if has_no_data(model):
+            found = find_on_a_copy(model, frozen_layers=config.frozen_layers)
+        else:
+            found = find(model, frozen_layers=config.frozen_layers, batch=probe)
         logger.info("%s", found.line)
         spec = found
     if spec is not None and not isinstance(model, PreTrainedModel):

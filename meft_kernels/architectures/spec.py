@@ -85,6 +85,8 @@ class LayerSpec:
     """Width of these layers' hidden states, from the model's config, where it is not the family's."""
     read_between: bool = False
     """Whether the model reads what layers return elsewhere than in the next: each then hands on its read-out."""
+    blocks_compile: bool = True
+    """Whether ``torch.compile`` can make one graph of a block for all layers."""
     boxes: tuple[str, ...] = ()
     """Arguments, mappings, by which layers hand tensors to later ones (keys and values that they share)."""
 

@@ -14,12 +14,14 @@ from torch.distributed.tensor import DTensor
 
 from ...errors import UnsupportedModelError
 from ..spec import ArchitectureSpec, LayerSpec
+from .alike import Unproven, kinds_of
 from .batch import made_up
 from .blocks import ByKind, Kind, Whole, Without, kind_of
 from .chains import Chain, NoChain, find_chains, layer_lists, owner_of
-from .proof import Unproven, prove_cut, prove_layers
+from .config import HEADS, activation_of, dropout_of, layerdrop_of
+from .proof import Gradients, gradients_at, prove, prove_cut
 from .taps import Tap, ends_in_norm, find_tap
-from .trace import Trace, trace
+from .trace import Call, Trace, trace
 from .untouched import untouched
 
 if TYPE_CHECKING:
@@ -80,9 +82,11 @@ class _Objection:
 
     def __call__(self, config: Any, settings: MeftConfig) -> str | None:
         whole = [layers.list_name for layers in self.layers if not layers.apart]
-        if settings.variant == "meft3" and (whole or settings.compile_layers):
-            what = f"layers of {whole[0]} could not be taken apart" if whole else "layers taken apart are not compiled"
-            return f"meft3 couples the MLP block after the attention block, and {what}: pass variant='meft1' or 'meft2'"
+        if settings.variant == "meft3" and whole:
+            return (
+                f"meft3 couples the MLP block after the attention block, and layers of {whole[0]} could not be taken "
+                "apart: pass variant='meft1' or 'meft2'"
+            )
         untapped = [layers.list_name for layers in self.layers if not layers.tapped]
         if settings.adapters == "all" and untapped:
             return (
@@ -125,9 +129,17 @@ def find(model: Any, *, frozen_layers: int = 0, batch: Mapping[str, Any] | None 
         if batch is None:
             _refuse_unseen(model, kind, chains)
         layers: dict[str, FoundLayers] = {}
+        kinds: dict[str, list[list[Call]]] = {}
         for chain in chains:
             try:
-                layers[chain.name] = _proven(model, chain, seen, frozen_layers)
+                kinds[chain.name] = _kinds(model, chain, seen, frozen_layers)
+            except (Unproven, NoChain) as reason:
+                refused[chain.name] = str(reason)
+        chains = [chain for chain in chains if chain.name in kinds]
+        gradients = gradients_at([alike[-1] for found in kinds.values() for alike in found], seen.output)
+        for chain in chains:
+            try:
+                layers[chain.name] = _proven(model, chain, seen, kinds[chain.name], gradients)
             except (Unproven, NoChain) as reason:
                 refused[chain.name] = str(reason)
         if not layers:
@@ -185,10 +197,7 @@ def refuse_unreadable(model: nn.Module, kind: str) -> None:
         what = "distributed (DTensor)" if isinstance(parameter, DTensor) else what
         what = "partitioned by DeepSpeed ZeRO-3" if hasattr(parameter, "ds_id") else what
         if what is not None:
-            more = (
-                " (as in an estimate, a plan or a budget, which need a family file)" if what == "without data" else ""
-            )
-            raise unsupported(kind, [f"it must be run to be looked at, and its weight {name} is {what}{more}"])
+            raise unsupported(kind, [f"it must be run to be looked at, and its weight {name} is {what}"])
 
 
 def _seen(model: Any, kind: str, lists: dict[str, nn.ModuleList], batch: Mapping[str, Any] | None) -> Trace:
@@ -208,28 +217,31 @@ def _seen(model: Any, kind: str, lists: dict[str, nn.ModuleList], batch: Mapping
     )
 
 
-def _proven(model: Any, chain: Chain, seen: Trace, first: int) -> FoundLayers:
-    """One list's layers, from the first that is to be patched on held to what they seem to be."""
+def _kinds(model: Any, chain: Chain, seen: Trace, first: int) -> list[list[Call]]:
+    """One list's layers, from the first that is to be patched on, by kind."""
     if len(chain.layers) <= first:
         raise NoChain(f"frozen_layers={first} leaves none of its {len(chain.layers)} layers")
     owner = owner_of(model, chain.name)
     chain.read_between |= id(owner) in seen.asked
     if any(id(owner) not in call.models for call in chain.calls):
         raise NoChain(f"its layers are called by another model than the {type(owner).__name__} that they are in")
-    prove_layers(chain, seen, first)
-    return _layers_of(model, chain, seen, first)
+    return kinds_of(chain.calls[first:], seen)
 
 
-def _layers_of(model: nn.Module, chain: Chain, seen: Trace, first: int) -> FoundLayers:
-    """The spec of one list's layers."""
+def _proven(model: nn.Module, chain: Chain, seen: Trace, kinds: list[list[Call]], gradients: Gradients) -> FoundLayers:
+    """The spec of one list's layers, one of each kind held to what it seems to be."""
+    if all(gradients.get(id(call.entered)) is None for call in (alike[-1] for alike in kinds)):
+        raise Unproven("no gradient goes from the model's outputs to its layers (they run under no_grad?)")
     taps: dict[Kind, Tap] = {}
     attention: dict[Kind, Any] = {}
     mlp: dict[Kind, Any] = {}
     tapped = apart = True
-    for call in chain.calls[first:]:
+    post_norm = ends_in_norm(chain.calls[-1], _once(seen, chain.calls[-1]))
+    for call in (alike[-1] for alike in kinds):
+        prove(call, gradients)
         parts = sorted(_once(seen, call), key=lambda part: part.start)
         tap = find_tap(parts, chain.width) or Tap("", "")
-        cut = prove_cut(call, parts, tap, by_rows=kind_of(call.module) not in mlp) if apart else None
+        cut = prove_cut(call, parts, tap, post_norm=post_norm) if apart else None
         tapped, apart = tapped and tap.writes != "", apart and cut is not None
         for found, value in ((taps, tap), *(((attention, cut[0]), (mlp, cut[1])) if cut else ())):
             kind = kind_of(call.module)
@@ -247,12 +259,13 @@ def _layers_of(model: nn.Module, chain: Chain, seen: Trace, first: int) -> Found
         mlp_block=Without(ByKind(mlp), bare=True) if apart else Whole(),
         ffn_reads=TapOf(by_kind, 0),
         ffn_writes=TapOf(by_kind, 1),
-        post_norm=Constant(ends_in_norm(chain.calls[-1], _once(seen, chain.calls[-1]))),
+        post_norm=Constant(post_norm),
         in_turn=Constant(apart),
-        layerdrop=Constant(_layerdrop(getattr(owner, "config", None), chain.name)),
+        layerdrop=Constant(layerdrop_of(getattr(owner, "config", None), chain.name)),
         hidden_size=Constant(chain.width),
         read_between=chain.read_between,
         boxes=chain.boxes,
+        blocks_compile=False,
         list_name=chain.name,
         tapped=tapped,
         apart=apart,
@@ -263,31 +276,10 @@ def _once(seen: Trace, call: Any) -> list[Any]:
     return [part for part in seen.parts[id(call.module)] if call.contains(part)]
 
 
-def _layerdrop(config: Any, name: str) -> float:
-    names = ["layerdrop", *(f"{side}_layerdrop" for side in ("encoder", "decoder") if side in name)]
-    return max(float(getattr(config, name, 0.0) or 0.0) for name in names)
-
-
-_ACTIVATIONS = (
-    "hidden_act", "hidden_activation", "activation_function", "dense_act_fn", "activation", "mlp_hidden_act", "act_fn",
-    "hidden_activation_fn",
-)  # fmt: skip
-_DROPOUTS = (
-    "hidden_dropout_prob", "resid_pdrop", "residual_dropout", "resid_dropout", "hidden_dropout", "mlp_dropout",
-    "dropout_rate", "dropout",
-)  # fmt: skip
-
-
 def _architecture(
     model: Any, kind: str, layers: tuple[FoundLayers, ...], chains: list[Chain], refused: dict[str, str]
 ) -> FoundArchitecture:
-    from transformers.activations import ACT2FN
-
     config = getattr(owner_of(model, chains[0].name), "config", model.config)
-    names = [getattr(config, name, None) for name in _ACTIVATIONS]
-    activation = next((name for name in names if isinstance(name, str) and name in ACT2FN), "gelu")
-    rates = [getattr(config, name, None) for name in _DROPOUTS]
-    dropout = next((rate for rate in rates if isinstance(rate, float)), 0.0)
     base = getattr(model, "base_model", model)
     lines = "; ".join(_line(found, chain) for found, chain in zip(layers, chains, strict=True))
     aside = "".join(
@@ -296,10 +288,11 @@ def _architecture(
     return FoundArchitecture(
         model_types=(kind,),
         layers=layers,
-        activation=Constant(activation),
-        dropout=Constant(float(dropout)),
+        activation=Constant(activation_of(config)),
+        dropout=Constant(dropout_of(config)),
         hidden_size=Constant(chains[0].width),
         head_modules=("pooler",) if isinstance(getattr(base, "pooler", None), nn.Module) else (),
+        extra_heads=tuple(name for name in HEADS if name in model._modules),
         objection=_Objection(layers),
         refused=refused,
         line=f"found in {type(model).__name__} ({kind}), no family file: {lines}{aside}",
