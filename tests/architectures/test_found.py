@@ -14,7 +14,7 @@ import transformers
 from typer.testing import CliRunner
 
 import meft_kernels
-from meft_kernels import UnsupportedModelError
+from meft_kernels import UnsupportedModelError, targets
 from meft_kernels.architectures import find_architecture
 from meft_kernels.architectures.found import find
 from meft_kernels.cli import app
@@ -161,6 +161,44 @@ def test_save_load_copy_and_pickle(tmp_path: Path) -> None:
         loaded = meft_kernels.load_adapter(make("granite"), tmp_path)
         for other in (loaded, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
             assert torch.equal(other(**batch).logits, expected)
+
+
+def test_blocks_run_uncompiled() -> None:
+    """They are made anew in every call: what is compiled for one would serve no other."""
+    batch = batch_for(make("granite"))
+    results = []
+    for compiled in (False, True):
+        model = patched(make("granite"), variant="meft3", fraction_bits=16, compile_layers=compiled).train()
+        results.append(step(model, batch))
+    assert results[0][0] == results[1][0]
+    assert all(torch.equal(results[1][1][key], gradient) for key, gradient in results[0][1].items())
+
+
+def test_a_patched_model_is_not_looked_at_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = pickle.loads(pickle.dumps(patched(make("camembert"))))
+    monkeypatch.setattr(targets, "find", lambda *args, **kwargs: pytest.fail("it is patched"))
+    meft_kernels.add_adapter(model, "b", rank=3)
+    meft_kernels.set_adapter(model, "b")
+    made = next(part for name, part in model.named_modules() if name.endswith("meft.ffn"))
+    assert made.activation_name == "gelu"
+    assert made.dropout.p == model.config.hidden_dropout_prob
+
+
+def test_one_layer_of_each_kind_is_called_again() -> None:
+    """What a proof costs: a forward, and a few calls of one layer of a kind."""
+    model = make("granite", num_hidden_layers=6)
+    calls = [0] * 6
+    for index, layer in enumerate(model.model.layers):
+        plain = layer.self_attn.q_proj.forward
+
+        def counted(x: Any, index: int = index, plain: Any = plain) -> Any:
+            calls[index] += 1
+            return plain(x)
+
+        layer.self_attn.q_proj.forward = counted
+    find(model)
+    assert calls[:5] == [1] * 5
+    assert calls[5] <= 4
 
 
 def test_a_lora_inside() -> None:

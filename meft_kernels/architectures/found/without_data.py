@@ -66,7 +66,7 @@ def _small_copy(model: Any) -> Any:
     errors = []
     for config in (wide, narrow) if _weights(type(model), wide) <= ENOUGH else (narrow, wide):
         try:
-            if (size := _weights(type(model), config)) > MOST:
+            if MOST < (size := _weights(type(model), config)) < math.inf:
                 raise ValueError(f"{size / 1e9:.1f} billion weights, where {MOST / 1e9:.0f} are looked at")
             made = type(model)(config)
         except Exception as error:  # a model's own code may refuse sizes in any way
