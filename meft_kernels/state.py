@@ -77,7 +77,7 @@ class PatchState:
     """Frozen tensors that came from an adapter's folder (rows of a resized vocabulary), by name: the model's, and saved
     with its adapters again."""
     found: FoundArchitecture | None = None
-    """What was found of a model without a family file."""
+    """What was found of a model without a family file: patched, it is not looked at again."""
     plan: Plan | None = None
     """How the settings were chosen, where a budget was given."""
 

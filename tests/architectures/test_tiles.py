@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 import torch
 
-from meft_kernels.architectures import find_architecture
 from meft_kernels.engine import pieces
 from meft_kernels.engine.arguments import without_cache
 from meft_kernels.state import require_state
 
 from ..models import worst_error
 from .exactness import CASES, FP32_BOUND, both_engines, patched, step
+from .written import spec_of
 from .zoo import ZOO, batch_for, skip_reason, tiny
 
 TILE = 3
@@ -24,7 +24,7 @@ every_case = pytest.mark.parametrize(("name", "variant"), CASES, ids=[f"{name}-{
 IN_PIECES = [
     (name, variant)
     for name, variant in CASES
-    if any(layer.attention_pieces for layer in find_architecture(ZOO[name].model_type).layers)  # type: ignore[union-attr]
+    if any(layer.attention_pieces for layer in spec_of(ZOO[name].model_type).layers)
 ]
 
 
