@@ -118,11 +118,13 @@ class LanePass:
         """What the branch gives, tile by tile.
 
         With ``recording`` it runs with grad enabled although its graph is dropped at once: kernels may be chosen by it,
-        and the recompute in backward needs it.
+        and the recompute in backward needs it. Without, as the user has it: where nothing is known to train there is no
+        graph, unless something does that a reversible layer would give no gradient.
         """
         call = self.call
+        grad = recording or torch.is_grad_enabled()
         if len(self.branch.tiles) == 1:
-            with torch.set_grad_enabled(recording):
+            with torch.set_grad_enabled(grad):
                 x = call.entering(center_value, recording)
                 branch, extras = self.branch.whole(x)
             self._keep(extras, [branch], x)
@@ -140,7 +142,7 @@ class LanePass:
                 note=call.note,
             )
         else:
-            with torch.set_grad_enabled(recording):
+            with torch.set_grad_enabled(grad):
                 x = call.entering(center_value, recording)
                 mixed, extras = self.branch.mixed(x)
             self._keep(extras, [mixed], x)
@@ -148,7 +150,7 @@ class LanePass:
             mixed = mixed.detach()
             del extras
         for number, tile in shortened(list(enumerate(self.branch.tiles))):
-            with torch.set_grad_enabled(recording):
+            with torch.set_grad_enabled(grad):
                 x = call.entering(tile.of(center_value if pieces else mixed), recording)
                 context = call.entering(attended.of(tile), recording) if pieces else None
                 out = self.branch.rows(number, x, pieces, context)
