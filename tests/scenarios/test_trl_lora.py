@@ -95,7 +95,7 @@ def test_as_plain_autograd(name: str, tmp_path: Path) -> None:
     assert len(curves[0]) == 3
     assert curves[0] == pytest.approx(curves[1], abs=1e-4)
     for figure in ("reward", "rewards/margins"):
-        assert [e.get(figure) for e in logs[0]] == pytest.approx([e.get(figure) for e in logs[1]], abs=1e-4)
+        assert [e.get(figure) for e in logs[0]] == pytest.approx([e.get(figure) for e in logs[1]], abs=1e-3)
     assert relative_error(*weights) <= 1e-3
     assert relative_error(weights[0], {name: start[name] for name in weights[0]}) > 1e-3
     if name in ("dpo", "kto", "grpo"):
