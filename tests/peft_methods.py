@@ -25,6 +25,7 @@ def _lora(**settings: Any) -> Any:
 CONFIGS: dict[str, Callable[[], Any]] = {
     "LoRA": lambda: _lora(lora_dropout=0.1),
     "rsLoRA": lambda: _lora(use_rslora=True),
+    "LoRA-FA": lambda: _lora(),
     "DoRA": lambda: _lora(use_dora=True),
     "PiSSA": lambda: _lora(init_lora_weights="pissa"),
     "OLoRA": lambda: _lora(init_lora_weights="olora"),
@@ -88,6 +89,9 @@ def wrapped(method: str, model: Any = None) -> Any:
     """The model wrapped, with parameters that already do something: at their start half of the gradients are zero."""
     torch.manual_seed(3)
     made = peft.get_peft_model(base() if model is None else model, CONFIGS[method]())
+    if method == "LoRA-FA":
+        for name, parameter in made.named_parameters():
+            parameter.requires_grad_("lora_B" in name)
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
         for parameter in made.parameters():

@@ -15,6 +15,7 @@ import meft_kernels
 from meft_kernels import NotRepeatableError, UnsupportedModelError
 from meft_kernels.state import find_state
 
+from ..architectures.zoo import batch_for, tiny
 from ..models import StreamWitness, tiny_batch, tiny_llama, train_step, worst_error
 
 peft = pytest.importorskip("peft")
@@ -89,6 +90,19 @@ def test_in_and_out(method: str, tmp_path: Path) -> None:
     assert type(merged) is type(base())
     # A product more or less in each linear layer, in float32.
     assert (logits(merged, batch) - expected).norm() <= FP32_BOUND * expected.norm()
+
+
+def test_on_bare_parameters() -> None:
+    """Experts' weights are no modules, and PEFT hands the layer others in their place for the length of a call."""
+    names = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    config = peft.LoraConfig(r=2, target_parameters=names, target_modules=["q_proj"], init_lora_weights=False)
+    batch = batch_for(tiny("mixtral"))
+
+    def build() -> Any:
+        torch.manual_seed(3)
+        return peft.get_peft_model(tiny("mixtral"), config)
+
+    trained_alike(build, batch, layers=3)
 
 
 def test_what_does_not_repeat_is_refused_in_the_first_step() -> None:
