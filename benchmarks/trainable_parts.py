@@ -1,10 +1,10 @@
-"""What a training step keeps and takes at most, by what trains: plain, with gradient checkpointing, reversible.
+"""What a training step takes, by what trains: plain, with gradient checkpointing, reversible.
 
-    python -m benchmarks.trainable_parts --model smollm2 --rows 1 --tokens 512
+    python -m benchmarks.trainable_parts --model llama-3.2-1b --rows 1 --tokens 4096
 
-MiB of live tensors beside the weights (`meft_kernels.comparison.loop.footprint`), with the loss in chunks for all of
-them; gradients of what trains are in the peak, an optimizer's states are not (two more of the trained, in float32, for
-AdamW).
+Simulated, as `meft-kernels estimate` does it: no weights, no GPU. The loss is in chunks for all of them. MiB of
+tensors: kept between forward and backward; peak of forward and backward beside the weights, gradients of what trains
+among it; AdamW states apart.
 """
 
 from __future__ import annotations
@@ -17,8 +17,11 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 import meft_kernels
-from benchmarks.real import real_batch, real_model
-from meft_kernels.comparison.loop import footprint
+from meft_kernels.comparison.rivals.lora_checkpointing import checkpoint
+from meft_kernels.estimate.estimator import SIMULATED_BITS
+from meft_kernels.estimate.shapes import find_config
+from meft_kernels.estimate.step import measure_step, text_batch
+from meft_kernels.estimate.twin import bare_twin, simulation
 from meft_kernels.loss import bind_loss
 from meft_kernels.state import count_parameters
 
@@ -38,12 +41,11 @@ def only(chosen: Callable[[str], bool]) -> Callable[[Any], Any]:
 
 def parts(layers: int) -> dict[str, Callable[[Any], Any]]:
     """What trains, by name."""
-    top = tuple(f".layers.{index}." for index in range(layers - 2, layers))
+    top = tuple(f".layers.{index}." for index in range(layers - layers // 4, layers))
     return {
         "a LoRA, r = 16, all linear layers": lora,
         "norms": only(lambda name: "norm" in name),
-        "the top two layers": only(lambda name: any(place in name for place in top)),
-        "all layers": only(lambda name: ".layers." in name),
+        "the top quarter of the layers": only(lambda name: any(place in name for place in top)),
         "everything": only(lambda name: True),
     }
 
@@ -54,36 +56,41 @@ def plain(model: Any) -> None:
 
 def checkpointing(model: Any) -> None:
     bind_loss(model)
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    checkpoint(model)
 
 
-WAYS: dict[str, Callable[[Any], Any]] = {
+def reversible(model: Any) -> None:
+    meft_kernels.reversible(model, fraction_bits=SIMULATED_BITS)
+
+
+WAYS: dict[str, Callable[[Any], None]] = {
     "plain": plain,
     "checkpointing": checkpointing,
-    "reversible": meft_kernels.reversible,
+    "reversible": reversible,
 }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--model", default="llama-3.2-1b")
     parser.add_argument("--rows", type=int, default=1)
-    parser.add_argument("--tokens", type=int, default=512)
+    parser.add_argument("--tokens", type=int, default=4096)
+    parser.add_argument("--dtype", default="bfloat16")
     options = parser.parse_args()
-    batch = real_batch(options.model, options.rows, options.tokens)
-    layers = real_model(options.model, torch.float32).config.num_hidden_layers
-    print("| what trains | parameters | " + " | ".join(f"{way}: kept, peak" for way in WAYS) + " |")
-    print("| --- " * (2 + len(WAYS)) + "|")
-    for name, prepare in parts(layers).items():
+    config = find_config(options.model)
+    print(f"| what trains | parameters | AdamW | {' | '.join(f'{way}: kept, peak' for way in WAYS)} |")
+    print("| --- " * (3 + len(WAYS)) + "|")
+    for name, prepare in parts(config.num_hidden_layers).items():
         cells = []
         for way in WAYS.values():
-            model = prepare(real_model(options.model, torch.float32))
-            way(model)
-            if way is meft_kernels.reversible:
-                meft_kernels.calibrate(model, batch)
-            found = footprint(model, batch)
-            cells.append(f"{found.kept / 2**20:,.1f}, {found.peak / 2**20:,.1f}")
-        print(f"| {name} | {count_parameters(model)[0]:,} | {' | '.join(cells)} |", flush=True)
+            with simulation(gpu=True):
+                model = prepare(bare_twin(config, getattr(torch, options.dtype)))
+                way(model)
+                batch = text_batch(model, options.rows, options.tokens, torch.device("cpu"))
+                found = measure_step(model.train(), batch, foreach=True)
+            cells.append(f"{found.kept / 2**20:,.0f}, {found.peak / 2**20:,.0f}")
+        states = f"{found.optimizer / 2**20:,.0f}"
+        print(f"| {name} | {count_parameters(model)[0]:,} | {states} | {' | '.join(cells)} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ weights differ by rounding a sample may part from the other's, and its reward wi
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import tempfile
 from collections.abc import Callable
@@ -57,7 +58,7 @@ def short_and_varied(completions: list[str], **_: Any) -> list[float]:
 
 
 def grpo(model: Any, tokenizer: Any, rows: list[dict[str, Any]], common: dict[str, Any]) -> Any:
-    settings = {"num_generations": 4, "per_device_train_batch_size": 4, "max_completion_length": 16, "beta": 0.04}
+    settings = {"num_generations": 4, "per_device_train_batch_size": 4, "max_completion_length": 12, "beta": 0.04}
     prompts = Dataset.from_list([{"prompt": row["prompt"]} for row in rows])
     return trl.GRPOTrainer(
         model, short_and_varied, trl.GRPOConfig(**common, **settings), prompts, processing_class=tokenizer
@@ -94,26 +95,34 @@ TRAINERS: dict[str, Callable[[Any, Any, list[dict[str, Any]], dict[str, Any]], A
 SHOWN = ("loss", "reward", "kl", "rewards/margins", "rewards/accuracies", "grad_norm")
 
 
-def run(trainer_name: str, way: str, options: argparse.Namespace) -> list[dict[str, float]]:
-    """What the trainer logs, step by step."""
-    source = find_model(options.model)
+def load(name: str) -> tuple[Any, Any, list[dict[str, Any]]]:
+    """Model, tokenizer, and pairs of answers."""
+    source = find_model(name)
     tokenizer = AutoTokenizer.from_pretrained(source.path, **source.options())
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     model = AutoModelForCausalLM.from_pretrained(source.path, **source.model_options(), dtype=torch.float32)
     texts = load_texts("rotten_tomatoes", held_out=1)
+    pairs = zip(texts.train.texts[:64], texts.train.labels[:64], strict=True)
     rows = [
         {
             "prompt": f"Review: {text}\nSentiment:",
             "chosen": f" {texts.classes[label]}",
             "rejected": f" {texts.classes[label - 1]}",
         }
-        for text, label in zip(texts.train.texts[:64], texts.train.labels[:64], strict=True)
+        for text, label in pairs
     ]
+    return model, tokenizer, rows
+
+
+def run(trainer: str, way: str, loaded: tuple[Any, Any, list[dict[str, Any]]], steps: int) -> list[dict[str, float]]:
+    """What the trainer logs, step by step."""
+    base, tokenizer, rows = loaded
+    model = build(copy.deepcopy(base), way)
     with tempfile.TemporaryDirectory() as folder:
         common = {
             "output_dir": folder,
-            "max_steps": options.steps,
+            "max_steps": steps,
             "learning_rate": 1e-4,
             "logging_steps": 1,
             "save_strategy": "no",
@@ -123,10 +132,10 @@ def run(trainer_name: str, way: str, options: argparse.Namespace) -> list[dict[s
             "disable_tqdm": True,
             "seed": 1,
         }
-        trainer = TRAINERS[trainer_name](build(model, way), tokenizer, rows, common)
-        trainer.train()
+        made = TRAINERS[trainer](model, tokenizer, rows, common)
+        made.train()
     return [
-        {name: entry[name] for name in SHOWN if name in entry} for entry in trainer.state.log_history if "loss" in entry
+        {name: entry[name] for name in SHOWN if name in entry} for entry in made.state.log_history if "loss" in entry
     ]
 
 
@@ -137,9 +146,10 @@ def main() -> None:
     parser.add_argument("--trainers", nargs="+", choices=TRAINERS, default=["grpo", "dpo"])
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
+    loaded = load(options.model)
     found: dict[str, dict[str, list[dict[str, float]]]] = {}
     for name in options.trainers:
-        found[name] = {way: run(name, way, options) for way in WAYS}
+        found[name] = {way: run(name, way, loaded, options.steps) for way in WAYS}
         print(f"\n{name}")
         for figure in found[name]["peft"][0]:
             print(f"{'step':>4} " + " ".join(f"{way:>12}" for way in WAYS) + f"   {figure}")
