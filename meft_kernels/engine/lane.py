@@ -96,7 +96,8 @@ class LanePass:
             coupled = tape.arithmetic.couple_adapter(
                 a, fused, lane.coefficient, center if lane.centered else None, value_dtype
             )
-            self.remainders.put(coupled.remainder)
+            if recording:
+                self.remainders.put(coupled.remainder)
             return self._noted([coupled]), coupled.value
         self.branch.tiles = self.call.layer.tiles(lane.branch, center_value)
         one = len(self.branch.tiles) == 1
@@ -105,7 +106,8 @@ class LanePass:
         left_out = len(self.branch.tiles) - len(shortened(self.branch.tiles))  # in a simulation, after the second
         for tile, branch in self._outputs(center_value, recording):
             coupled = self._couple(tile, a, branch, center, value_dtype, inplace=True)
-            self.remainders.put(coupled.remainder, 1 + left_out if len(done) == 1 else 1)
+            if recording:  # nobody goes back otherwise, and what is held here lives as long as the pass
+                self.remainders.put(coupled.remainder, 1 + left_out if len(done) == 1 else 1)
             if one:
                 value = coupled.value
             elif value is not None and coupled.value is not None:

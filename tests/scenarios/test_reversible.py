@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 import meft_kernels
 from meft_kernels import PatchError
 from meft_kernels.checkpoint.plain import CALIBRATION_NAME
+from meft_kernels.memory import LiveTensorMeter
 from meft_kernels.state import find_state, require_state
 
 from ..models import StreamWitness, relative_error, tiny_batch, tiny_llama, train_step, worst_error
@@ -103,6 +104,19 @@ def test_any_part_trains(part: str, layers: list[int], tmp_path: Path) -> None:
             names[folder] = set(file.keys())
     assert names["checkpoint-3"] - names["model"] == {"model.layers.0.meft.state._extra_state"}
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "model")), logits(tiny_llama(3, 32)))
+
+
+def test_layers_below_what_trains_keep_nothing() -> None:
+    kept, elements = [], 4 * 64 * 32
+    for layers in (2, 6):
+        model = tiny_llama(layers, 32).requires_grad_(False)
+        model.model.layers[-1].requires_grad_(True)
+        meft_kernels.reversible(model, **BITS).train()
+        with LiveTensorMeter() as meter:
+            loss = model(**tiny_batch(model, 4, 64)).loss
+            kept.append(meter.live_bytes)
+        loss.backward()
+    assert kept[1] - kept[0] < elements, "a byte an element of one layer; checksums and flags are a few more"
 
 
 CALLS: dict[str, Callable[[Any], Any]] = {
