@@ -24,14 +24,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import trl
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import meft_kernels
 from meft_kernels.comparison.texts import load_texts
+from meft_kernels.packages import require
 from meft_kernels.pretrained import find_model
+
+trl = require("trl", "pip install trl")
 
 WAYS: dict[str, dict[str, Any] | None] = {
     "reversible": {"engine": "reversible"},

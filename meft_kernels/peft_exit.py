@@ -17,7 +17,7 @@ _WAYS_OUT = ("merge_and_unload", "unload")
 class LeaveWithPeft:
     """Stands in for one of them."""
 
-    def __init__(self, tuner: nn.Module, way: str) -> None:
+    def __init__(self, tuner: Any, way: str) -> None:
         self._tuner = tuner
         self._way = way
 
@@ -37,7 +37,7 @@ class LeaveWithPeft:
 class PeftExitBinding:
     """Binds them on PEFT's tuner, the part of its wrapper that knows how; prompts have none."""
 
-    def __init__(self, wrapper: nn.Module) -> None:
+    def __init__(self, wrapper: Any) -> None:
         tuner = wrapper.base_model
         self._tuner = tuner
         self._ways = [way for way in _WAYS_OUT if callable(getattr(type(tuner), way, None))]

@@ -32,7 +32,7 @@ _CHECKPOINT = re.compile(r"checkpoint-\d+")
 class SaveAsItWas:
     """Stands in for a model's ``save_pretrained``."""
 
-    def __init__(self, model: nn.Module, before: Any) -> None:
+    def __init__(self, model: Any, before: Any) -> None:
         self._model = model
         self._before = before
 
@@ -56,13 +56,13 @@ class SaveAsItWas:
 class SaveByPeft:
     """Stands in for ``save_pretrained`` of PEFT's wrapper."""
 
-    def __init__(self, wrapper: nn.Module, stacks: Sequence[ReversibleStack]) -> None:
+    def __init__(self, wrapper: Any, stacks: Sequence[ReversibleStack]) -> None:
         self._wrapper = wrapper
         self._stacks = stacks
 
     def __call__(self, save_directory: str, *args: Any, **kwargs: Any) -> Any:
         """See PEFT's own."""
-        made = type(self._wrapper).save_pretrained(self._wrapper, save_directory, *args, **kwargs)  # type: ignore[operator]
+        made = type(self._wrapper).save_pretrained(self._wrapper, save_directory, *args, **kwargs)
         if _is_checkpoint(save_directory) and kwargs.get("is_main_process", True):
             states = {name: state.get_extra_state() for name, state in _states(self._stacks).items()}
             write_whole(Path(save_directory) / CALIBRATION_NAME, lambda path: save_file(states, path))
@@ -72,7 +72,7 @@ class SaveByPeft:
 class LoadByPeft:
     """Stands in for ``load_adapter`` of PEFT's wrapper, which is how a ``Trainer`` resumes and takes its best model."""
 
-    def __init__(self, wrapper: nn.Module, stacks: Sequence[ReversibleStack]) -> None:
+    def __init__(self, wrapper: Any, stacks: Sequence[ReversibleStack]) -> None:
         self._wrapper = wrapper
         self._stacks = stacks
 
@@ -87,7 +87,7 @@ class LoadByPeft:
         for name, state in states.items():
             if name in found:
                 state.check(found[name])
-        loaded = type(self._wrapper).load_adapter(self._wrapper, model_id, *args, **kwargs)  # type: ignore[operator]
+        loaded = type(self._wrapper).load_adapter(self._wrapper, model_id, *args, **kwargs)
         for name, state in states.items():
             if name in found:
                 state.set_extra_state(found[name])
@@ -97,22 +97,22 @@ class LoadByPeft:
 class PlainSavingBinding:
     """Binds these on the model, and on PEFT's wrapper around it."""
 
-    def __init__(self, model: nn.Module, wrapper: nn.Module | None, stacks: Sequence[ReversibleStack]) -> None:
+    def __init__(self, model: Any, wrapper: Any, stacks: Sequence[ReversibleStack]) -> None:
         self._wrapper = wrapper
         self._before = vars(model).get("save_pretrained")
         self._bound = hasattr(model, "save_pretrained")
         if self._bound:
-            model.save_pretrained = SaveAsItWas(model, self._before)  # type: ignore[assignment]
+            model.save_pretrained = SaveAsItWas(model, self._before)
         if wrapper is not None:
-            wrapper.save_pretrained = SaveByPeft(wrapper, stacks)  # type: ignore[assignment]
-            wrapper.load_adapter = LoadByPeft(wrapper, stacks)  # type: ignore[assignment]
+            wrapper.save_pretrained = SaveByPeft(wrapper, stacks)
+            wrapper.load_adapter = LoadByPeft(wrapper, stacks)
 
-    def remove(self, model: nn.Module) -> None:
+    def remove(self, model: Any) -> None:
         """Give both their own back."""
         if self._bound and self._before is None:
             del model.save_pretrained
         elif self._bound:
-            model.save_pretrained = self._before  # type: ignore[assignment]
+            model.save_pretrained = self._before
         if self._wrapper is not None:
             del self._wrapper.save_pretrained, self._wrapper.load_adapter
 

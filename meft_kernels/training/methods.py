@@ -54,7 +54,7 @@ def method_for(settings: Settings, pretrained: Pretrained) -> Method:
 class Meft:
     """Our own adapters, which need this library to be used."""
 
-    checkpoint_files = (WEIGHTS_NAME, SAFE_WEIGHTS_NAME)
+    checkpoint_files: tuple[str, ...] = (WEIGHTS_NAME, SAFE_WEIGHTS_NAME)
     leaves: tuple[str, ...] = (ADAPTER,)
 
     def __init__(self, settings: Settings) -> None:
@@ -85,7 +85,7 @@ class Meft:
 class Lora:
     """PEFT's, which is trained here and needs nothing of ours to be used."""
 
-    checkpoint_files = (WEIGHTS_NAME,)
+    checkpoint_files: tuple[str, ...] = (WEIGHTS_NAME,)
 
     def __init__(self, settings: Settings, pretrained: Pretrained) -> None:
         self._settings = settings
