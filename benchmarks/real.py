@@ -13,18 +13,18 @@ from meft_kernels.comparison.texts import load_texts
 
 def real_model(name: str, dtype: torch.dtype) -> nn.Module:
     """A pretrained model by the demo's name, a hub id or a path, in train mode."""
-    return Task(name, ("negative", "positive")).load(dtype=dtype, device=torch.device("cpu"), seed=0).train()
+    return _task(name).load(dtype=dtype, device=torch.device("cpu"), seed=0).train()
 
 
 @functools.cache
-def _task(name: str, tokens: int) -> Task:
-    """Reading a tokenizer out of a GGUF file takes seconds."""
-    return Task(name, ("negative", "positive"), max_length=tokens)
+def _task(name: str) -> Task:
+    """Reading a configuration and a tokenizer out of a GGUF file takes seconds."""
+    return Task(name, ("negative", "positive"))
 
 
 def real_batch(name: str, rows: int, tokens: int, seed: int = 0) -> dict[str, torch.Tensor]:
     """IMDB reviews drawn by ``seed``, cut or padded to ``tokens``: next-token labels for a causal model, or classes."""
-    task = _task(name, tokens)
+    task = _task(name)
     reviews = load_texts("imdb", held_out=rows, seed=seed).held_out
     encoded = task.tokenizer(
         reviews.texts, truncation=True, max_length=tokens, padding="max_length", return_tensors="pt"
