@@ -51,7 +51,7 @@ def test_compiles_without_spills(capability: int, tmp_path: Path) -> None:
     coupling = {"couple_exact", "uncouple_exact", "couple_float", "uncouple_float"}
     adapters = {"adapter", "adapter_couple", "adapter_uncouple", "adapter_backward", "adapter_uncouple_backward"}
     assert kernels == coupling | adapters | {"adapter_weights", "sum_splits"}
-    assert len([row for row in rows if row["kernel"].split()[0] in coupling]) >= (60 if capability == 90 else 7)
+    assert len([row for row in rows if row["kernel"].split()[0] in coupling]) >= (60 if capability == 90 else 6)
     assert len([row for row in rows if row["kernel"].split()[0] not in coupling]) >= 22
     assert not [row for row in rows if row["stack"] or row["spill_stores"] or row["spill_loads"]]
     # Two resident blocks are the least that hides anything: 65536 registers an SM, 100 KiB of shared memory on sm_86.
