@@ -147,5 +147,6 @@ def test_bad_value() -> None:
 
 def test_exact_in_tiles() -> None:
     """The blocks are compiled apart, each for every tile and layer."""
-    assert_exact("llama", tile=3)
-    assert_exact("bert", tile=3)
+    both = ("reversible", "autograd")
+    assert_exact("llama", tile=3, compiled=both)
+    assert_exact("bert", tile=3, compiled=both)
