@@ -15,6 +15,7 @@ from ..notices import warn_once
 from .arguments import cached_tensors, caches_in, gives_gradient, without_cache
 from .arithmetic import Arithmetic
 from .between import Seam, check_graph, hand_on, hooks_between, may_look, take_up
+from .inference import Streams, check_finite, enter, move, read_out
 from .layer import PatchedLayer
 from .refusals import refuse_checkpointing, refuse_filled_cache, refuse_transforms
 from .remainders import HostMemory
@@ -68,12 +69,35 @@ class Pass:
     watched: bool = False
     """Whether others than the layers and transformers may have got hold of it."""
 
+    def read_out(self) -> torch.Tensor:
+        """The hidden states that both streams stand for."""
+        return self.tape.read_out()
+
+
+@dataclass
+class InferencePass:
+    """The same where nobody will go back; see :mod:`.inference`."""
+
+    next_index: int
+    streams: Streams
+    weights: tuple[float, float]
+    main: torch.Tensor
+    """The second stream in the model's dtype."""
+    handed_on: torch.Tensor
+    version: int | None
+    watched: bool = False
+
+    def read_out(self) -> torch.Tensor:
+        """As :meth:`Pass.read_out`."""
+        return read_out(self.streams, self.weights, self.main.dtype)
+
 
 @dataclass(frozen=True)
 class Way:
     """How a call of the model runs its pass, whatever other threads do to the stack meanwhile."""
 
-    arithmetic: Arithmetic
+    arithmetic: Arithmetic | None
+    """None for one that nobody will go back through."""
     observer: Observer | None = None
     wants_hidden_states: bool = False
     drops: bool = False
@@ -105,7 +129,7 @@ class Passes:
         self._local.way = None
 
     @property
-    def current(self) -> Pass | None:
+    def current(self) -> Pass | InferencePass | None:
         """The pass under way in this thread."""
         return getattr(self._local, "current", None)
 
@@ -125,6 +149,9 @@ class Passes:
 
         The latter is None for layers that return hidden states bare.
         """
+        way = self.way
+        if way is not None and way.arithmetic is None:
+            return self._infer(layer, hidden_states, kwargs, way)
         refuse_checkpointing(layer.name, layer.module)
         drops = self._stack.layerdrop and layer.module.training
         current = self._pass_at(layer, hidden_states, drops)
@@ -156,11 +183,47 @@ class Passes:
         self._hand_on(current, layer, drops)
         return current.handed_on, extras
 
-    def _hand_on(self, current: Pass, layer: PatchedLayer, drops: bool) -> None:
-        """Choose what the layer returns: its main stream, or the read-out."""
+    def _infer(
+        self, layer: PatchedLayer, hidden_states: torch.Tensor, kwargs: dict[str, Any], way: Way
+    ) -> tuple[torch.Tensor, tuple[Any, ...] | None]:
+        """:meth:`run` where nobody will go back."""
+        stack, current = self._stack, self.current
+        if torch.is_grad_enabled():
+            raise ReversibleUsageError(
+                f"gradients are recorded in {layer.name} and were not where its model was called: record them around "
+                "the whole model, or patch(model, inference='exact')"
+            )
+        if current is None and layer.index == stack.first:
+            refuse_transforms()
+            wide = enter(hidden_states)
+            current = InferencePass(layer.index, (wide, wide), stack.plan.readout, hidden_states, hidden_states, None)
+            self._local.current = current
+        else:
+            current = self._due(current, layer, dropped=False)
+            self._check_untouched(current, layer, hidden_states)
+        assert isinstance(current, InferencePass)
+        current.streams, current.main, extras = move(layer, current.streams, current.main, kwargs)
+        if layer is stack.layers[-1]:
+            self.abandon()
+            out = current.read_out()
+            check_finite(out, stack.name)
+            return out, extras
+        current.next_index = layer.index + 1
+        hooks, current.watched = self._between(current, layer)
+        seen = current.watched or way.wants_hidden_states
+        current.handed_on = current.read_out() if seen else current.main
+        current.version = version_of(current.handed_on)
+        return current.handed_on, extras
+
+    def _between(self, current: Pass | InferencePass, layer: PatchedLayer) -> tuple[list[Any], bool]:
+        """The hooks between this layer and the next, and whether anybody may look at what is handed on there."""
         following = self._stack.layers[current.next_index - self._stack.first]
         hooks = hooks_between(layer, following)
-        current.watched = may_look(layer, following, hooks)
+        return hooks, may_look(layer, following, hooks)
+
+    def _hand_on(self, current: Pass, layer: PatchedLayer, drops: bool) -> None:
+        """Choose what the layer returns: its main stream, or the read-out."""
+        hooks, current.watched = self._between(current, layer)
         way = self.way
         # With LayerDrop any layer may turn out to have been the last. FSDP's hooks must run before any of a layer's
         # backward, and that of a graph begins with either stream.
@@ -177,7 +240,21 @@ class Passes:
         current = self.current
         if current is None and (layer.index == self._stack.first or drops):
             return self._start(hidden_states)
-        if current is None or not (layer.index == current.next_index or (drops and layer.index > current.next_index)):
+        current = self._due(current, layer, dropped=drops)
+        assert isinstance(current, Pass)
+        self._check_untouched(current, layer, hidden_states)
+        self._take_up(current, layer, hidden_states)
+        return current
+
+    def _due(
+        self, current: Pass | InferencePass | None, layer: PatchedLayer, *, dropped: bool
+    ) -> Pass | InferencePass:
+        """The pass under way, whose next layer this is; ``dropped`` allows for layers that were left out.
+
+        Raises:
+            ReversibleUsageError: it is another layer's turn.
+        """
+        if current is None or not (layer.index == current.next_index or (dropped and layer.index > current.next_index)):
             expected = (
                 "the first layer"
                 if current is None
@@ -188,8 +265,6 @@ class Passes:
                 "(early exits and calls of single layers are not supported; LayerDrop is, where the model's config has "
                 "it when patch is called)"
             )
-        self._check_untouched(current, layer, hidden_states)
-        self._take_up(current, layer, hidden_states)
         return current
 
     @staticmethod
@@ -209,7 +284,7 @@ class Passes:
         way = self.way
         if way is None and self._stack.arithmetic is not None:
             way = Way(self._stack.arithmetic, self._stack.observer)
-        if way is None:
+        if way is None or way.arithmetic is None:
             raise ReversibleUsageError(
                 f"{self._stack.name} was called without its model, so fraction_bits could not be calibrated: call "
                 "model(**batch) or meft_kernels.calibrate(model, batch) once, or pass fraction_bits to patch"
@@ -241,7 +316,7 @@ class Passes:
         return any(module.training for layer in self._stack.layers for module in layer.module.modules())
 
     @staticmethod
-    def _check_untouched(current: Pass, layer: PatchedLayer, hidden_states: torch.Tensor) -> None:
+    def _check_untouched(current: Pass | InferencePass, layer: PatchedLayer, hidden_states: torch.Tensor) -> None:
         handed_on = current.handed_on
         # Not `is`: FSDP and others pass tensors through an identity Function of their own.
         same = (
@@ -252,7 +327,7 @@ class Passes:
             and current.version == version_of(hidden_states)
         )
         if same and current.version is None and current.watched:  # torch.inference_mode counts no writes
-            same = torch.equal(hidden_states, current.tape.read_out())
+            same = torch.equal(hidden_states, current.read_out())
         if not same:
             raise ReversibleUsageError(
                 f"the hidden states that {layer.name} got are not those that the layer before returned: a hook or the "

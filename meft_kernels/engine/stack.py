@@ -24,7 +24,7 @@ from .calibration import MAX_CALIBRATED_BITS, Probe
 from .layer import PatchedLayer
 from .norms import lean_norms
 from .owner import BoundOwner, OwnerCall
-from .passes import Passes, Way
+from .passes import Pass, Passes, Way
 from .refusals import asked_for, refuse_frozen_adapters, refuse_outputs, refuse_replica
 from .remainders import HostMemory
 from .replay import seeded
@@ -60,6 +60,8 @@ class ReversibleStack:
         """For all stacks of a model: passes go through, whoever changes what they read waits for them."""
         self._switch = Switch()
         self._calibrating = Turn()
+        self._calibrates = False
+        """Whether the next forward is to, whatever it is for."""
         self.observer: Observer | None = None
         self.counts = Counts()
         self.host = HostMemory() if config.remainders == "host" else None
@@ -135,6 +137,7 @@ class ReversibleStack:
         """Go on with another adapter's settings and calibration."""
         self.abandon()
         self.config, self.arithmetic, self.max_bits = config, arithmetic, None
+        self._calibrates = False
 
     def abandon(self) -> None:
         """Forget the pass under way, if any."""
@@ -189,7 +192,7 @@ class ReversibleStack:
             refuse_outputs(self.owner, looked_at, reversible=self.reversible_end > self.first, first=self.first)
             self.passes.begin(
                 Way(
-                    self.arithmetic or self.calibrate(call),
+                    None if self._only_infers() else self.arithmetic or self.calibrate(call),
                     self.observer,
                     wants_hidden_states=between or asked_for("output_hidden_states", self.owner, call.named),
                     drops=self.layerdrop and self.owner.training,
@@ -198,6 +201,11 @@ class ReversibleStack:
         except BaseException:
             self.leave()
             raise
+
+    def _only_infers(self) -> bool:
+        """Whether nobody will go back through the pass that begins now, nor wants its streams as training has them."""
+        wanted = torch.is_grad_enabled() or self.owner.training or self._calibrates or self.observer is not None
+        return self.config.inference == "float" and not wanted
 
     def finish(self, returned: Any) -> None:
         """A call of the owner has returned this.
@@ -209,7 +217,7 @@ class ReversibleStack:
         current, way = self.passes.current, self.passes.way
         if current is None or way is None or returned is None:
             return
-        if not way.drops:
+        if not (way.drops and isinstance(current, Pass)):
             raise ReversibleUsageError(
                 f"the model returned before {self.layers[-1].name}, so the streams were never read out (a smaller "
                 "config.num_hidden_layers, or an early exit)"
@@ -232,13 +240,13 @@ class ReversibleStack:
                 f"fraction_bits={self.config.fraction_bits} was given to patch, there is nothing to calibrate"
             )
         if self.config.arithmetic == "exact":
-            self.arithmetic = None
+            self.arithmetic, self._calibrates = None, True
 
     def set_fraction_bits(self, fraction_bits: int) -> int:
         """Use these, calibrated elsewhere; fewer, if streams overflowed here or the settings say so. Returns them."""
         limits = (self.config.fraction_bits, self.max_bits)
         fraction_bits = min([fraction_bits, *(limit for limit in limits if limit is not None)])
-        self.arithmetic = Arithmetic(fraction_bits, self.config.impl)
+        self.arithmetic, self._calibrates = Arithmetic(fraction_bits, self.config.impl), False
         return fraction_bits
 
     def calibrate(self, call: OwnerCall) -> Arithmetic:
@@ -257,6 +265,7 @@ class ReversibleStack:
                 at_most = MAX_CALIBRATED_BITS if self.max_bits is None else min(self.max_bits, MAX_CALIBRATED_BITS)
                 arithmetic = Arithmetic(probe.fraction_bits_for(at_most, self.name), self.config.impl)
                 self.arithmetic = arithmetic
+            self._calibrates = False
             return arithmetic
 
     def _probe(self, probe: Probe, call: OwnerCall) -> None:
