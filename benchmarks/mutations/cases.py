@@ -428,7 +428,7 @@ REFUSALS = (
     Mutation(
         "layers may be called out of order",
         "engine/passes.py",
-        "if current is None or not (layer.index == current.next_index or (drops and "
+        "if current is None or not (layer.index == current.next_index or (dropped and "
         "layer.index > current.next_index)):",
         "if current is None:",
         ("test_bad_input.py", "-k", "out_of_order"),
