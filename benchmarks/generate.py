@@ -3,10 +3,10 @@
     python -m benchmarks.generate
     python -m benchmarks.generate --rows 1 8 --new 64 --rounds 5 --json benchmarks/results/generate/cpu.json
 
-The bare model, MEFT's adapters (patched, with the default inference path and with ``inference='exact'``), and PEFT LoRA
-of as many parameters, unmerged, write the same number of tokens from the same prompt, greedily, with a static cache, in
-turns. Prefill is what one new token takes, decode what each further one does. Adapters have random weights, so that they
-do something. Texts of both ways to run a patched model are compared, and their logits along the text.
+The bare model, MEFT's adapters (patched, with the default inference path and with ``inference='exact'``), and PEFT
+LoRA of as many parameters, unmerged, write the same number of tokens from the same prompt, greedily, with a static
+cache, in turns. Prefill is what one new token takes, decode what each further one does. Adapters have random weights,
+so that they do something. Texts of both ways to run a patched model are compared, and their logits along the text.
 """
 
 from __future__ import annotations
@@ -59,9 +59,8 @@ def write(model: Any, ids: torch.Tensor, tokens: int, **options: Any) -> Any:
 
 def agreement(models: dict[str, Any], ids: torch.Tensor, tokens: int) -> dict[str, Any]:
     """The text and the logits of the default path beside those of the exact one."""
-    outs = {
-        name: write(models[name], ids, tokens, return_dict_in_generate=True, output_logits=True) for name in (OURS, EXACT)
-    }
+    options = {"return_dict_in_generate": True, "output_logits": True}
+    outs = {name: write(models[name], ids, tokens, **options) for name in (OURS, EXACT)}
     ours, exact = (torch.stack(outs[name].logits).double() for name in (OURS, EXACT))
     return {
         "same_text": torch.equal(outs[OURS].sequences, outs[EXACT].sequences),

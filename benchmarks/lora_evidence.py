@@ -5,10 +5,10 @@
     python -m benchmarks.lora_evidence --stored              # measures nothing, prints the table
     python -m benchmarks.lora_evidence --quick --out lora-quick
 
-The same PEFT LoRA (r = 16, all linear layers), the same seeds and batches, AdamW at the same rate; trained by PEFT alone
-with gradient checkpointing, and reversibly at several coefficients. What was trained reversibly is scored as it was
-trained, in the plain PEFT model after ``unpatch``, and merged by PEFT; and how far ``unpatch`` moves the logits, before
-training and after. Dropout is off: no two ways of running a model draw alike.
+The same PEFT LoRA (r = 16, all linear layers), the same seeds and batches, AdamW at the same rate; trained by PEFT
+alone with gradient checkpointing, and reversibly at several coefficients. What was trained reversibly is scored as it
+was trained, in the plain PEFT model after ``unpatch``, and merged by PEFT; and how far ``unpatch`` moves the logits,
+before training and after. Dropout is off: no two ways of running a model draw alike.
 
 ``moved`` is a yardstick and no method: PEFT alone, LoRA's A moved by 1 % of itself at the start, about as much as the
 default coefficient moves the hidden states of MiniLM. What differs by no more than that differs by chance.
@@ -150,7 +150,10 @@ def measure(case: Case, task: Task, recipe: Recipe, method: str, seed: int) -> d
     base = base_of(task, None if task.causal else seed)
     model = build(base, method, seed)
     reversible = METHODS[method].config is not None
-    figures: dict[str, Any] = {"higher_is_better": task.higher_is_better, "unit": "%" if task.higher_is_better else "nats"}
+    figures: dict[str, Any] = {
+        "higher_is_better": task.higher_is_better,
+        "unit": "%" if task.higher_is_better else "nats",
+    }
     if reversible:
         figures["moved_before"] = distance(
             logits_of(task, model, texts.held_out), logits_of(task, base, texts.held_out)

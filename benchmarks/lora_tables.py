@@ -87,7 +87,8 @@ def _row(method: str, mine: list[Record], against: list[Difference], unit: str) 
         for what in ("patched", "unpatched", "merged")
     }
     moves = [
-        _moves([each.figures[what] for each in mine if what in each.figures]) for what in ("moved_before", "moved_after")
+        _moves([each.figures[what] for each in mine if what in each.figures])
+        for what in ("moved_before", "moved_after")
     ]
     cells = [METHODS[method].title, str(len(mine)), *(_mean(values, digits) for values in scores.values())]
     if method == BEST:
@@ -128,8 +129,8 @@ def verdict(records: list[Record]) -> str:
             below.append(f"{case} seed {seed} ({found.better:+.3f}, paired error {found.paired:.3f})")
     return (
         f"{counted - len(outside)} of {counted} reversible cells within one standard error of PEFT's score"
-        f"{': not ' + ', '.join(outside) if outside else ''}. More than {ALLOWED['%']} points or {ALLOWED['nats']} nats "
-        f"below it at the default coefficient: {', '.join(below) or 'none'}."
+        f"{': not ' + ', '.join(outside) if outside else ''}. More than {ALLOWED['%']} points or {ALLOWED['nats']} "
+        f"nats below it at the default coefficient: {', '.join(below) or 'none'}."
     )
 
 

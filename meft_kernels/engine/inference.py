@@ -1,8 +1,8 @@
 """A patched layer where nobody will go back through it: plain products and sums on floating-point streams.
 
-What is computed is what training computes, two streams and their coefficients. Left out is what only the way back needs:
-the fixed point with its rounding, remainders, checksums, random numbers of each branch's own. For passes in eval mode
-without gradients, and for graphs that are recorded for inference.
+What is computed is what training computes, two streams and their coefficients. Left out is what only the way back
+needs: the fixed point with its rounding, remainders, checksums, random numbers of each branch's own. For passes in eval
+mode without gradients, and for graphs that are recorded for inference.
 """
 
 from __future__ import annotations

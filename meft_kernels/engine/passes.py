@@ -194,7 +194,7 @@ class Passes:
                 "the whole model, or patch(model, inference='exact')"
             )
         if current is None and layer.index == stack.first:
-            refuse_transforms()
+            self._refuse_start(hidden_states)
             wide = enter(hidden_states)
             current = InferencePass(layer.index, (wide, wide), stack.plan.readout, hidden_states, hidden_states, None)
             self._local.current = current
@@ -209,7 +209,7 @@ class Passes:
             check_finite(out, stack.name)
             return out, extras
         current.next_index = layer.index + 1
-        hooks, current.watched = self._between(current, layer)
+        _, current.watched = self._between(current, layer)
         seen = current.watched or way.wants_hidden_states
         current.handed_on = current.read_out() if seen else current.main
         current.version = version_of(current.handed_on)
@@ -246,9 +246,7 @@ class Passes:
         self._take_up(current, layer, hidden_states)
         return current
 
-    def _due(
-        self, current: Pass | InferencePass | None, layer: PatchedLayer, *, dropped: bool
-    ) -> Pass | InferencePass:
+    def _due(self, current: Pass | InferencePass | None, layer: PatchedLayer, *, dropped: bool) -> Pass | InferencePass:
         """The pass under way, whose next layer this is; ``dropped`` allows for layers that were left out.
 
         Raises:
@@ -279,8 +277,15 @@ class Passes:
         elif given.requires_grad:
             current.other, current.main = take_up(current.seam, given, current.main, current.tape)
 
-    def _start(self, hidden_states: torch.Tensor) -> Pass:
+    @staticmethod
+    def _refuse_start(hidden_states: torch.Tensor) -> None:
         refuse_transforms()
+        if hidden_states.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+            raise ReversibleUsageError(
+                f"hidden states must be float16, bfloat16, float32 or float64, got {hidden_states.dtype}"
+            )
+
+    def _start(self, hidden_states: torch.Tensor) -> Pass:
         way = self.way
         if way is None and self._stack.arithmetic is not None:
             way = Way(self._stack.arithmetic, self._stack.observer)
@@ -289,10 +294,7 @@ class Passes:
                 f"{self._stack.name} was called without its model, so fraction_bits could not be calibrated: call "
                 "model(**batch) or meft_kernels.calibrate(model, batch) once, or pass fraction_bits to patch"
             )
-        if hidden_states.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
-            raise ReversibleUsageError(
-                f"hidden states must be float16, bfloat16, float32 or float64, got {hidden_states.dtype}"
-            )
+        self._refuse_start(hidden_states)
         tape = Tape.start(
             hidden_states,
             arithmetic=way.arithmetic,
