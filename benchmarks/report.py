@@ -189,7 +189,8 @@ def lora(records: list[Record], folder: Path) -> str:
     head = (
         "The same LoRA, batches and rate; dropout off. Better: mean over seeds of the difference to PEFT alone on "
         "the same seed, scored in the plain PEFT model. Its paired error is that of the held-out texts, which are "
-        "the same; the error that cells are held to is that of PEFT's own score. Unfinished until every row has three seeds."
+        "the same; the error that cells are held to is that of PEFT's own score. Unfinished until every row has "
+        "three seeds."
     )
     return f"{head}\n\n{lora_table(records)}"
 
