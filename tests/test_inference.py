@@ -181,7 +181,7 @@ def test_out_of_order_and_left_early() -> None:
     with torch.no_grad():
         expected = model(**batch).logits + 0
         model.model.layers = torch.nn.ModuleList([layers[1], layers[0], layers[2]])
-        with pytest.raises(ReversibleUsageError, match="reversible layers run in order"):
+        with pytest.raises(ReversibleUsageError, match="reversible layers run in the order"):
             model(**batch)
         model.model.layers = layers[:2]
         with pytest.raises(ReversibleUsageError, match="the streams were never read out"):

@@ -25,10 +25,11 @@ WHY_NOT_COMPILED = (
 
 
 class _Recorded(threading.local):
-    """Between two layers, by their stack: both streams, and the second one in the model's dtype."""
+    """By their stack, between two of its calls: the place of the next one, both streams, the second in the model's
+    dtype."""
 
     def __init__(self) -> None:
-        self.streams: dict[int, tuple[Streams, torch.Tensor]] = {}
+        self.streams: dict[int, tuple[int, Streams, torch.Tensor]] = {}
 
 
 _recorded = _Recorded()
@@ -48,14 +49,14 @@ def record(
         ReversibleUsageError: the layers below were left out.
     """
     stack = layer.stack
-    if layer.index == stack.config.frozen_layers:
+    held = _recorded.streams.pop(id(stack), None)
+    if held is None or stack.order[held[0]] is not layer:
+        if layer is not stack.order[0]:
+            raise ReversibleUsageError(f"{layer.name} was recorded without the layers below it: export the whole model")
         wide = enter(hidden_states)
-        streams, main = (wide, wide), hidden_states
-    elif id(stack) in _recorded.streams:
-        streams, main = _recorded.streams.pop(id(stack))
-    else:
-        raise ReversibleUsageError(f"{layer.name} was recorded without the layers below it: export the whole model")
+        held = 0, (wide, wide), hidden_states
+    place, streams, main = held
     streams, main, extras = move(layer, streams, main, kwargs, recorded=True)
-    if not layer.is_last:
-        _recorded.streams[id(stack)] = streams, main
+    if place + 1 < len(stack.order):
+        _recorded.streams[id(stack)] = place + 1, streams, main
     return read_out(streams, stack.plan.readout, hidden_states.dtype), extras

@@ -32,9 +32,9 @@ logger = logging.getLogger(__name__)
 class Stack(Protocol):
     """What a pass needs of the stack whose layers it runs through."""
 
-    name: str
+    label: str
     first: int
-    layers: list[PatchedLayer]
+    order: list[PatchedLayer]
     layerdrop: bool
     config: MeftConfig
     plan: Plan
@@ -45,7 +45,7 @@ class Stack(Protocol):
 
     @property
     def reversible_end(self) -> int:
-        """Index of the first layer that keeps its activations."""
+        """Place of the first call that keeps its activations."""
 
     def check(self, tape: Tape) -> None:
         """Raise if a stream of the pass left its range."""
@@ -56,7 +56,8 @@ class Pass:
     """A forward pass between two of its layers."""
 
     tape: Tape
-    next_index: int
+    place: int
+    """Of the call that is due; places count on from the stack's first."""
     other: torch.Tensor
     main: torch.Tensor
     handed_on: torch.Tensor
@@ -78,7 +79,7 @@ class Pass:
 class InferencePass:
     """The same where nobody will go back; see :mod:`.inference`."""
 
-    next_index: int
+    place: int
     streams: Streams
     weights: tuple[float, float]
     main: torch.Tensor
@@ -155,31 +156,32 @@ class Passes:
         refuse_checkpointing(layer.name, layer.module)
         drops = self._stack.layerdrop and layer.module.training
         current = self._pass_at(layer, hidden_states, drops)
+        place = current.place
         hidden_states = current.main  # what the recompute will see: as quantised, and no read-out
         found = Surroundings(layer.module, layer.name, kwargs) if torch.is_grad_enabled() else None
         if found is None or not (found.trained or current.main.requires_grad or gives_gradient(cached_tensors(kwargs))):
-            step = Step(layer, current.tape, kwargs)
+            step = Step(layer, current.tape, place, kwargs)
             current.main = step.forward(hidden_states, recording=False)
             extras = step.extras.take()
-        elif current.graph or self._keeps_activations(layer, kwargs):
+        elif current.graph or self._keeps_activations(layer, place, kwargs):
             if not current.graph:
                 current.tape, current.graph = current.tape.fork(), True
-            step = Step(layer, current.tape, kwargs)
+            step = Step(layer, current.tape, place, kwargs)
             current.other, current.main, extras = step.forward_with_graph(current.other, hidden_states)
         else:
             if current.tape.first_recorded is None:
                 current.tape.first_recorded = current.tape.position
-            refuse_filled_cache(kwargs, layer.index)
-            step = Step(layer, current.tape, without_cache(found.kwargs), found)
+            refuse_filled_cache(kwargs, place)
+            step = Step(layer, current.tape, place, without_cache(found.kwargs), found)
             current.other, current.main, *made = Reversible.apply(step, current.other, hidden_states, *found.trained)
             extras = step.extras.take(made)
             if current.tape.observer is not None:
-                current.tape.observer.saved(layer.index, step.saved_bytes)
-        if layer is self._stack.layers[-1]:
+                current.tape.observer.saved(place, step.saved_bytes)
+        current.place = place + 1
+        if self._due(current.place) is None:
             self.abandon()
             self._stack.check(current.tape)
             return Exit.apply(current.other, current.main, current.tape), extras
-        current.next_index = layer.index + 1
         self._hand_on(current, layer, drops)
         return current.handed_on, extras
 
@@ -193,22 +195,22 @@ class Passes:
                 f"gradients are recorded in {layer.name} and were not where its model was called: record them around "
                 "the whole model, or patch(model, inference='exact')"
             )
-        if current is None and layer.index == stack.first:
+        place = self._place_of(layer, drops=False)
+        if current is None:
             self._refuse_start(hidden_states)
             wide = enter(hidden_states)
-            current = InferencePass(layer.index, (wide, wide), stack.plan.readout, hidden_states, hidden_states, None)
+            current = InferencePass(place, (wide, wide), stack.plan.readout, hidden_states, hidden_states, None)
             self._local.current = current
         else:
-            current = self._due(current, layer, dropped=False)
             self._check_untouched(current, layer, hidden_states)
         assert isinstance(current, InferencePass)
         current.streams, current.main, extras = move(layer, current.streams, current.main, kwargs)
-        if layer is stack.layers[-1]:
+        current.place = place + 1
+        if self._due(current.place) is None:
             self.abandon()
             out = current.read_out()
-            check_finite(out, stack.name)
+            check_finite(out, stack.label)
             return out, extras
-        current.next_index = layer.index + 1
         _, current.watched = self._between(current, layer)
         seen = current.watched or way.wants_hidden_states
         current.handed_on = current.read_out() if seen else current.main
@@ -217,7 +219,8 @@ class Passes:
 
     def _between(self, current: Pass | InferencePass, layer: PatchedLayer) -> tuple[list[Any], bool]:
         """The hooks between this layer and the next, and whether anybody may look at what is handed on there."""
-        following = self._stack.layers[current.next_index - self._stack.first]
+        following = self._due(current.place)
+        assert following is not None
         hooks = hooks_between(layer, following)
         return hooks, may_look(layer, following, hooks)
 
@@ -238,32 +241,40 @@ class Passes:
     def _pass_at(self, layer: PatchedLayer, hidden_states: torch.Tensor, drops: bool) -> Pass:
         """The pass that this call goes on with, or begins."""
         current = self.current
-        if current is None and (layer.index == self._stack.first or drops):
-            return self._start(hidden_states)
-        current = self._due(current, layer, dropped=drops)
-        assert isinstance(current, Pass)
-        self._check_untouched(current, layer, hidden_states)
-        self._take_up(current, layer, hidden_states)
+        place = self._place_of(layer, drops=drops)
+        if current is None:
+            current = self._start(hidden_states)
+        else:
+            assert isinstance(current, Pass)
+            self._check_untouched(current, layer, hidden_states)
+            self._take_up(current, layer, hidden_states)
+        current.place = place
         return current
 
-    def _due(self, current: Pass | InferencePass | None, layer: PatchedLayer, *, dropped: bool) -> Pass | InferencePass:
-        """The pass under way, whose next layer this is; ``dropped`` allows for layers that were left out.
+    def _place_of(self, layer: PatchedLayer, *, drops: bool) -> int:
+        """Where in the order of calls this one is; ``drops`` allows for layers that were left out.
 
         Raises:
             ReversibleUsageError: it is another layer's turn.
         """
-        if current is None or not (layer.index == current.next_index or (dropped and layer.index > current.next_index)):
-            expected = (
-                "the first layer"
-                if current is None
-                else self._stack.layers[current.next_index - self._stack.first].name
-            )
-            raise ReversibleUsageError(
-                f"{layer.name} was called where {expected} was due: reversible layers run in order, each once "
-                "(early exits and calls of single layers are not supported; LayerDrop is, where the model's config has "
-                "it when patch is called)"
-            )
-        return current
+        current = self.current
+        place = self._stack.first if current is None else current.place
+        if self._due(place) is not layer:
+            if not (drops and layer.index > place):
+                due = None if current is None else self._due(place)
+                raise ReversibleUsageError(
+                    f"{layer.name} was called where {'the first layer' if due is None else due.name} was due: "
+                    "reversible layers run in the order in which they did when the model was patched (early exits and "
+                    "calls of single layers are not supported; LayerDrop is, where the model's config has it when "
+                    "patch is called)"
+                )
+            place = layer.index
+        return place
+
+    def _due(self, place: int) -> PatchedLayer | None:
+        """The layer whose call is at this place; None after the last."""
+        at = place - self._stack.first
+        return self._stack.order[at] if at < len(self._stack.order) else None
 
     @staticmethod
     def _take_up(current: Pass, layer: PatchedLayer, given: torch.Tensor) -> None:
@@ -291,7 +302,7 @@ class Passes:
             way = Way(self._stack.arithmetic, self._stack.observer)
         if way is None or way.arithmetic is None:
             raise ReversibleUsageError(
-                f"{self._stack.name} was called without its model, so fraction_bits could not be calibrated: call "
+                f"{self._stack.label} was called without its model, so fraction_bits could not be calibrated: call "
                 "model(**batch) or meft_kernels.calibrate(model, batch) once, or pass fraction_bits to patch"
             )
         self._refuse_start(hidden_states)
@@ -315,7 +326,7 @@ class Passes:
 
     def _trains_anywhere(self) -> bool:
         """Whether any module is in train mode: dropout may be live in an eval-mode model, or below its first layer."""
-        return any(module.training for layer in self._stack.layers for module in layer.module.modules())
+        return any(module.training for layer in self._stack.order for module in layer.module.modules())
 
     @staticmethod
     def _check_untouched(current: Pass | InferencePass, layer: PatchedLayer, hidden_states: torch.Tensor) -> None:
@@ -338,8 +349,8 @@ class Passes:
                 "patched layer (frozen_layers moves it up) or behind the last"
             )
 
-    def _keeps_activations(self, layer: PatchedLayer, kwargs: dict[str, Any]) -> bool:
-        if layer.index >= self._stack.reversible_end:
+    def _keeps_activations(self, layer: PatchedLayer, place: int, kwargs: dict[str, Any]) -> bool:
+        if place >= self._stack.reversible_end:
             return True
         if not layer.module.training and caches_in(kwargs):
             warn_once(
