@@ -28,23 +28,24 @@ from meft_kernels.comparison.rivals import RIVALS, Budget
 from meft_kernels.comparison.timing import interleaved
 
 BARE, OURS, EXACT, LORA = "bare", "meft", "meft exact", "lora"
+STD = 0.01
+"""Of the weights that would start at zero."""
 
 
 def prepared(base: Any, names: list[str], seed: int = 0) -> dict[str, Any]:
     """The models, in eval mode; both of ours have the same weights."""
-    settings = {"up_init_std": 0.01}
     budget = Budget.of(base, MeftConfig())
     models: dict[str, Any] = {}
     for name in names:
         model = copy.deepcopy(base)
         torch.manual_seed(seed)
         if name in (OURS, EXACT):
-            model = meft_kernels.patch(model, inference="exact" if name == EXACT else "float", **settings)
+            model = meft_kernels.patch(model, inference="exact" if name == EXACT else "float", up_init_std=STD)
         elif name == LORA:
             model = RIVALS["lora"].prepare(model, budget)
             for parameter_name, parameter in model.named_parameters():
                 if "lora_B" in parameter_name:
-                    torch.nn.init.normal_(parameter, std=settings["up_init_std"])
+                    torch.nn.init.normal_(parameter, std=STD)
         models[name] = model.eval()
     return models
 
