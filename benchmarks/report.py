@@ -17,6 +17,7 @@ from rich.console import Console
 from benchmarks import picture
 from benchmarks.findings.__main__ import FINDINGS
 from benchmarks.gpu.report import TABLES
+from benchmarks.lora_tables import table as lora_table
 from benchmarks.scaling import SETTINGS
 from meft_kernels.comparison.records import Record, read_all
 from meft_kernels.comparison.rivals import RIVALS
@@ -223,6 +224,44 @@ def loss(records: list[Record], folder: Path) -> str:
     return "\n\n".join([*parts, note])
 
 
+def lora(records: list[Record], folder: Path) -> str:
+    """``benchmarks.lora_evidence``: what a LoRA that was trained reversibly is worth in the plain model."""
+    head = (
+        "The same LoRA, batches and rate; dropout off. Better: mean over seeds of the difference to PEFT alone on "
+        "the same seed, scored in the plain PEFT model. Its paired error is that of the held-out texts, which are "
+        "the same; the error that cells are held to is that of PEFT's own score. Unfinished until every row has "
+        "three seeds."
+    )
+    return f"{head}\n\n{lora_table(records)}"
+
+
+def generate(records: list[Record], folder: Path) -> str:
+    """``benchmarks.generate``: tokens a second, and over the bare model's time."""
+    parts = []
+    for record in records:
+        settings = record.settings
+        lines = [
+            "| batch | model | time / bare | prefill / bare | decode / bare | prefill, tokens/s | decode, tokens/s |",
+            "| --- | --- | --- | --- | --- | --- | --- |",
+        ]
+        notes = []
+        for rows, figures in record.figures.items():
+            for name in ("bare", *settings["rivals"]):
+                each = figures[name]
+                ratios = (f"{each[f'{what}_over']:.3f}" for what in ("seconds", "prefill", "decode"))
+                speeds = f"{each['prefill_tokens_per_second']:.1f}", f"{each['decode_tokens_per_second']:.2f}"
+                lines.append(f"| {' | '.join([rows, name, *ratios, *speeds])} |")
+            if (found := figures.get("agreement")) is not None:
+                same = "the same text" if found["same_text"] else "another text"
+                notes.append(f"batch {rows}: {same} as with inference='exact', logits off by {found['logits_off']:.0e}")
+        parts.append(
+            f"### {settings['model']}, {settings['dtype']}, prompts of {settings['prompt']} tokens and "
+            f"{settings['new']} new ones\n\nMedians of {settings['rounds']} interleaved rounds. {'; '.join(notes)}."
+        )
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts)
+
+
 def draw(results: Path) -> None:
     """The plots that no command has drawn yet: those over all cases of the comparison."""
     folder = results / "comparison"
@@ -240,6 +279,11 @@ SECTIONS = (
     Section("Steps of a real model in turns", "step_time", "python -m benchmarks.step_time --json", step_times),
     Section("Memory against depth, tokens and width", "scaling", "python -m benchmarks.scaling", scaling),
     Section("The loss without whole logits", "loss", "python -m benchmarks.loss --out benchmarks/results/loss", loss),
+    Section("A LoRA inside, taken out again", "lora", "python -m benchmarks.lora_evidence", lora),
+    Section(
+        "generate with adapters in the model", "generate",
+        "python -m benchmarks.generate --json benchmarks/results/generate/cpu.json", generate,
+    ),
     Section("The estimator against measurement", "estimator", "python -m benchmarks.estimator", estimator),
     Section("The paper's findings, in miniature", "findings", "python -m benchmarks.findings all", findings),
     Section("On a GPU", "gpu", "python -m benchmarks.gpu", gpu),

@@ -99,7 +99,10 @@ class Adapter(nn.Module):
         x = self.fused_input(hidden_states)
         if x is not None:
             return ops.adapter_forward(x, self.weights, self.activation_name, dropout=self.live_dropout, impl=self.impl)
-        made: torch.Tensor = self.up(self.dropout(self.activation(self.down(hidden_states))))
+        bottleneck = self.activation(self.down(hidden_states))
+        if self.dropout.training:  # where one token at a time is generated, calls that do nothing count
+            bottleneck = self.dropout(bottleneck)
+        made: torch.Tensor = self.up(bottleneck)
         return made
 
     def add_to(self, residual: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:

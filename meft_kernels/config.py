@@ -18,6 +18,7 @@ Engine = Literal["reversible", "autograd"]
 Readout = Literal["state", "mean"]
 Adapters = Literal["all", "none"]
 Loss = Literal["auto", "chunked", "full"]
+Inference = Literal["float", "exact"]
 
 _CHOICES: dict[str, tuple[str, ...]] = {
     "variant": ("meft1", "meft2", "meft3"),
@@ -27,6 +28,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "readout": ("state", "mean"),
     "adapters": ("all", "none"),
     "loss": ("auto", "chunked", "full"),
+    "inference": ("float", "exact"),
     "adapter_dtype": ("float32", "model"),
     "impl": ("auto", "torch", "triton"),
     "attention": ("auto", "whole", "pieces"),
@@ -137,6 +139,11 @@ class MeftConfig:
         "'chunked': a language model's loss without whole logits; 'full': with; 'auto': chunked where there is a head",
     )
     loss_rows: int | None = option(None, "rows whose logits exist at one time; None: chosen from the shape")
+    inference: Inference = option(
+        "float",
+        "eval mode without gradients: 'float': the same two streams in floating point, which nobody undoes; 'exact': "
+        "the very bits of training",
+    )
     impl: Impl = option(
         "auto", "implementation of the coupling and adapter ops; 'auto': Triton on CUDA, torch elsewhere"
     )

@@ -93,7 +93,7 @@ def test_switch_between_forward_and_backward() -> None:
 
 
 def test_calibration_belongs_to_the_adapter() -> None:
-    model = meft_kernels.patch(tiny_llama(), fraction_bits=14, **TRAINABLE_START)
+    model = meft_kernels.patch(tiny_llama(), fraction_bits=14, inference="exact", **TRAINABLE_START)
     meft_kernels.add_adapter(model, "finer", fraction_bits=20)
     assert fraction_bits_of(require_state(model)) == (14,)
     meft_kernels.set_adapter(model, "finer")

@@ -449,7 +449,7 @@ REFUSALS = (
     Mutation(
         "layers may be called out of order",
         "engine/passes.py",
-        "if due is not layer:",
+        "if self._due(place) is not layer:",
         "if False:",
         ("test_bad_input.py", "-k", "out_of_order"),
     ),
@@ -545,4 +545,30 @@ AROUND = (
     ),
 )
 
-MUTATIONS = (*STREAMS, *CHECKSUMS, *RECOMPUTES, *GRADIENTS, *REFUSALS, *AROUND)
+_INFERENCE = "engine/inference.py"
+
+INFERENCE = (
+    Mutation(
+        "without gradients the streams are not coupled",
+        _INFERENCE,
+        "a - center if lane.centered else a, alpha=lane.coefficient)",
+        "a - center if lane.centered else a, alpha=0.0)",
+        ("test_inference.py",),
+    ),
+    Mutation(
+        "without gradients hooks between layers see one stream",
+        "engine/passes.py",
+        "current.read_out() if seen else current.main",
+        "current.main",
+        ("test_inference.py",),
+    ),
+    Mutation(
+        "a pass without gradients in train mode has other bits",
+        "engine/stack.py",
+        "torch.is_grad_enabled() or self.owner.training or",
+        "torch.is_grad_enabled() or",
+        ("test_inference.py",),
+    ),
+)
+
+MUTATIONS = (*STREAMS, *CHECKSUMS, *RECOMPUTES, *GRADIENTS, *REFUSALS, *AROUND, *INFERENCE)

@@ -41,6 +41,7 @@ _RUN_SETTINGS = (
     "check",
     "loss",
     "loss_rows",
+    "inference",
 )
 """Settings that change how the numbers are computed and not which; they are not taken from a file."""
 _START_SETTINGS = ("down_init_std", "up_init_std")

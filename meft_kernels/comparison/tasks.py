@@ -120,14 +120,16 @@ class Task:
             return logits.squeeze(-1)
         return (logits[:, -2, self.answers] if self.causal else logits).argmax(-1)
 
-    def score(self, model: nn.Module, split: Split, *, batch_size: int, device: torch.device) -> float:
-        """Percent of ``split`` that the model gets right, or 100 times the correlation, in eval mode.
-
-        The model's mode is put back.
-        """
+    def predicted(self, model: nn.Module, split: Split, *, batch_size: int, device: torch.device) -> torch.Tensor:
+        """``[len(split)]`` float64: what the model prefers for each text, in eval mode; its mode is put back."""
         predicted = torch.zeros(len(split), dtype=torch.float64)
         for indices, _, output in self._outputs(model, split, batch_size, device):
             predicted[indices] = self.predictions(output.logits).double().cpu()
+        return predicted
+
+    def score(self, model: nn.Module, split: Split, *, batch_size: int, device: torch.device) -> float:
+        """Percent of ``split`` that the model gets right, or 100 times the correlation."""
+        predicted = self.predicted(model, split, batch_size=batch_size, device=device)
         expected = torch.tensor(split.labels, dtype=torch.float64)
         if self.metric == "accuracy":
             return 100 * float((predicted == expected).double().mean())
@@ -167,9 +169,14 @@ class LanguageTask(Task):
         ids, mask = encoded["input_ids"].to(device), encoded["attention_mask"].to(device)
         return {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
 
+    def losses(self, model: nn.Module, split: Split, *, batch_size: int, device: torch.device) -> torch.Tensor:
+        """``[len(split), 2]`` float64: each text's summed loss, and of how many tokens, in eval mode."""
+        losses = torch.zeros(len(split), 2, dtype=torch.float64)
+        for indices, batch, output in self._outputs(model, split, batch_size, device):
+            losses[indices] = token_losses(output.logits, batch["labels"]).cpu()
+        return losses
+
     def score(self, model: nn.Module, split: Split, *, batch_size: int, device: torch.device) -> float:
-        """Nats per token, in eval mode; lower is better."""
-        sums = torch.zeros(2, dtype=torch.float64)
-        for _, batch, output in self._outputs(model, split, batch_size, device):
-            sums += token_losses(output.logits, batch["labels"]).sum(0).cpu()
-        return float(sums[0] / sums[1])
+        """Nats per token; lower is better."""
+        total, tokens = self.losses(model, split, batch_size=batch_size, device=device).sum(0).tolist()
+        return float(total / tokens)

@@ -1,7 +1,7 @@
 """A patched layer while a graph of its model is recorded for inference: ``torch.export``, ``torch.jit.trace``, ONNX.
 
-Plain products and sums, on floating-point streams: nothing is to be undone, so nothing is rounded to a fixed point.
-What the graph computes differs from the patched model by that rounding.
+Plain products and sums, on floating-point streams; see :mod:`.inference`. What the graph computes differs from the
+patched model in training by the fixed point's rounding.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..errors import ReversibleUsageError
+from .inference import Streams, enter, move, read_out
 
 if TYPE_CHECKING:
     from .layer import PatchedLayer
@@ -22,14 +23,13 @@ WHY_NOT_COMPILED = (
 )
 """What ``torch.compile`` and a strict export say of it."""
 
-Streams = tuple[torch.Tensor, torch.Tensor]
-
 
 class _Recorded(threading.local):
-    """By their stack, the streams between two of its calls and the place of the next one."""
+    """By their stack, between two of its calls: the place of the next one, both streams, the second in the model's
+    dtype."""
 
     def __init__(self) -> None:
-        self.streams: dict[int, tuple[int, Streams]] = {}
+        self.streams: dict[int, tuple[int, Streams, torch.Tensor]] = {}
 
 
 _recorded = _Recorded()
@@ -48,26 +48,15 @@ def record(
     Raises:
         ReversibleUsageError: the layers below were left out.
     """
-    stack, dtype = layer.stack, hidden_states.dtype
-    place, streams = _recorded.streams.pop(id(stack), (0, None))
-    if streams is None or stack.order[place] is not layer:
+    stack = layer.stack
+    held = _recorded.streams.pop(id(stack), None)
+    if held is None or stack.order[held[0]] is not layer:
         if layer is not stack.order[0]:
             raise ReversibleUsageError(f"{layer.name} was recorded without the layers below it: export the whole model")
-        wide = hidden_states if stack.config.arithmetic == "float" else hidden_states.to(_wide(dtype))
-        place, streams = 0, (wide, wide)
-    (a, center), extras = streams, None
-    for lane in (stack.plan.first, stack.plan.second):
-        y = lane.coefficient * (a - center if lane.centered else a)
-        if layer.has(lane.branch):
-            branch, made = layer.run(lane.branch, center.to(dtype), kwargs)
-            y, extras = y + branch, made if extras is None else extras
-        a, center = center, y
-    streams = (center, a) if stack.plan.switched else (a, center)
+        wide = enter(hidden_states)
+        held = 0, (wide, wide), hidden_states
+    place, streams, main = held
+    streams, main, extras = move(layer, streams, main, kwargs, recorded=True)
     if place + 1 < len(stack.order):
-        _recorded.streams[id(stack)] = place + 1, streams
-    first, second = stack.plan.readout
-    return (first * streams[0] + second * streams[1]).to(dtype), extras
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
+        _recorded.streams[id(stack)] = place + 1, streams, main
+    return read_out(streams, stack.plan.readout, hidden_states.dtype), extras

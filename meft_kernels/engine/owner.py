@@ -24,6 +24,9 @@ class Stack(Uncalibrated, Protocol):
     def admit(self, call: OwnerCall) -> None:
         """A call of the model is about to begin."""
 
+    def only_infers(self) -> bool:
+        """Whether the call is no part of training, and needs nothing calibrated."""
+
     def begin(self, call: OwnerCall) -> None:
         """It begins."""
 
@@ -130,7 +133,8 @@ class BoundOwner(BoundForward):
             for stack in stacks:
                 stack.admit(call)
                 admitted.append(stack)
-            calibrate(stacks, call, self._calibrating)
+            if not all(stack.only_infers() for stack in stacks):
+                calibrate(stacks, call, self._calibrating)
             for stack in stacks:
                 stack.begin(call)
         except BaseException:

@@ -15,6 +15,7 @@ from ..notices import warn_once
 from .arguments import cached_tensors, caches_in, gives_gradient, without_cache
 from .arithmetic import Arithmetic
 from .between import Seam, check_graph, hand_on, hooks_between, may_look, take_up
+from .inference import Streams, check_finite, enter, move, read_out
 from .layer import PatchedLayer
 from .refusals import refuse_checkpointing, refuse_filled_cache, refuse_transforms
 from .remainders import HostMemory
@@ -69,12 +70,35 @@ class Pass:
     watched: bool = False
     """Whether others than the layers and transformers may have got hold of it."""
 
+    def read_out(self) -> torch.Tensor:
+        """The hidden states that both streams stand for."""
+        return self.tape.read_out()
+
+
+@dataclass
+class InferencePass:
+    """The same where nobody will go back; see :mod:`.inference`."""
+
+    place: int
+    streams: Streams
+    weights: tuple[float, float]
+    main: torch.Tensor
+    """The second stream in the model's dtype."""
+    handed_on: torch.Tensor
+    version: int | None
+    watched: bool = False
+
+    def read_out(self) -> torch.Tensor:
+        """As :meth:`Pass.read_out`."""
+        return read_out(self.streams, self.weights, self.main.dtype)
+
 
 @dataclass(frozen=True)
 class Way:
     """How a call of the model runs its pass, whatever other threads do to the stack meanwhile."""
 
-    arithmetic: Arithmetic
+    arithmetic: Arithmetic | None
+    """None for one that nobody will go back through."""
     observer: Observer | None = None
     wants_hidden_states: bool = False
     drops: bool = False
@@ -106,7 +130,7 @@ class Passes:
         self._local.way = None
 
     @property
-    def current(self) -> Pass | None:
+    def current(self) -> Pass | InferencePass | None:
         """The pass under way in this thread."""
         return getattr(self._local, "current", None)
 
@@ -126,6 +150,9 @@ class Passes:
 
         The latter is None for layers that return hidden states bare.
         """
+        way = self.way
+        if way is not None and way.arithmetic is None:
+            return self._infer(layer, hidden_states, kwargs, way)
         refuse_checkpointing(layer.name, layer.module)
         drops = self._stack.layerdrop and layer.module.training
         current = self._pass_at(layer, hidden_states, drops)
@@ -158,12 +185,48 @@ class Passes:
         self._hand_on(current, layer, drops)
         return current.handed_on, extras
 
-    def _hand_on(self, current: Pass, layer: PatchedLayer, drops: bool) -> None:
-        """Choose what the layer returns: its main stream, or the read-out."""
+    def _infer(
+        self, layer: PatchedLayer, hidden_states: torch.Tensor, kwargs: dict[str, Any], way: Way
+    ) -> tuple[torch.Tensor, tuple[Any, ...] | None]:
+        """:meth:`run` where nobody will go back."""
+        stack, current = self._stack, self.current
+        if torch.is_grad_enabled():
+            raise ReversibleUsageError(
+                f"gradients are recorded in {layer.name} and were not where its model was called: record them around "
+                "the whole model, or patch(model, inference='exact')"
+            )
+        place = self._place_of(layer, drops=False)
+        if current is None:
+            self._refuse_start(hidden_states)
+            wide = enter(hidden_states)
+            current = InferencePass(place, (wide, wide), stack.plan.readout, hidden_states, hidden_states, None)
+            self._local.current = current
+        else:
+            self._check_untouched(current, layer, hidden_states)
+        assert isinstance(current, InferencePass)
+        current.streams, current.main, extras = move(layer, current.streams, current.main, kwargs)
+        current.place = place + 1
+        if self._due(current.place) is None:
+            self.abandon()
+            out = current.read_out()
+            check_finite(out, stack.label)
+            return out, extras
+        _, current.watched = self._between(current, layer)
+        seen = current.watched or way.wants_hidden_states
+        current.handed_on = current.read_out() if seen else current.main
+        current.version = version_of(current.handed_on)
+        return current.handed_on, extras
+
+    def _between(self, current: Pass | InferencePass, layer: PatchedLayer) -> tuple[list[Any], bool]:
+        """The hooks between this layer and the next, and whether anybody may look at what is handed on there."""
         following = self._due(current.place)
         assert following is not None
         hooks = hooks_between(layer, following)
-        current.watched = may_look(layer, following, hooks)
+        return hooks, may_look(layer, following, hooks)
+
+    def _hand_on(self, current: Pass, layer: PatchedLayer, drops: bool) -> None:
+        """Choose what the layer returns: its main stream, or the read-out."""
+        hooks, current.watched = self._between(current, layer)
         way = self.way
         # With LayerDrop any layer may turn out to have been the last. FSDP's hooks must run before any of a layer's
         # backward, and that of a graph begins with either stream.
@@ -178,24 +241,35 @@ class Passes:
     def _pass_at(self, layer: PatchedLayer, hidden_states: torch.Tensor, drops: bool) -> Pass:
         """The pass that this call goes on with, or begins."""
         current = self.current
-        place = self._stack.first if current is None else current.place
-        due = self._due(place)
-        if due is not layer:
-            if not (drops and layer.index > place):
-                expected = "the first layer" if current is None or due is None else due.name
-                raise ReversibleUsageError(
-                    f"{layer.name} was called where {expected} was due: reversible layers run in the order in which "
-                    "they did when the model was patched (early exits and calls of single layers are not supported; "
-                    "LayerDrop is, where the model's config has it when patch is called)"
-                )
-            place = layer.index
+        place = self._place_of(layer, drops=drops)
         if current is None:
             current = self._start(hidden_states)
         else:
+            assert isinstance(current, Pass)
             self._check_untouched(current, layer, hidden_states)
             self._take_up(current, layer, hidden_states)
         current.place = place
         return current
+
+    def _place_of(self, layer: PatchedLayer, *, drops: bool) -> int:
+        """Where in the order of calls this one is; ``drops`` allows for layers that were left out.
+
+        Raises:
+            ReversibleUsageError: it is another layer's turn.
+        """
+        current = self.current
+        place = self._stack.first if current is None else current.place
+        if self._due(place) is not layer:
+            if not (drops and layer.index > place):
+                due = None if current is None else self._due(place)
+                raise ReversibleUsageError(
+                    f"{layer.name} was called where {'the first layer' if due is None else due.name} was due: "
+                    "reversible layers run in the order in which they did when the model was patched (early exits and "
+                    "calls of single layers are not supported; LayerDrop is, where the model's config has it when "
+                    "patch is called)"
+                )
+            place = layer.index
+        return place
 
     def _due(self, place: int) -> PatchedLayer | None:
         """The layer whose call is at this place; None after the last."""
@@ -214,20 +288,24 @@ class Passes:
         elif given.requires_grad:
             current.other, current.main = take_up(current.seam, given, current.main, current.tape)
 
-    def _start(self, hidden_states: torch.Tensor) -> Pass:
+    @staticmethod
+    def _refuse_start(hidden_states: torch.Tensor) -> None:
         refuse_transforms()
-        way = self.way
-        if way is None and self._stack.arithmetic is not None:
-            way = Way(self._stack.arithmetic, self._stack.observer)
-        if way is None:
-            raise ReversibleUsageError(
-                f"{self._stack.label} was called without its model, so fraction_bits could not be calibrated: call "
-                "model(**batch) or meft_kernels.calibrate(model, batch) once, or pass fraction_bits to patch"
-            )
         if hidden_states.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
             raise ReversibleUsageError(
                 f"hidden states must be float16, bfloat16, float32 or float64, got {hidden_states.dtype}"
             )
+
+    def _start(self, hidden_states: torch.Tensor) -> Pass:
+        way = self.way
+        if way is None and self._stack.arithmetic is not None:
+            way = Way(self._stack.arithmetic, self._stack.observer)
+        if way is None or way.arithmetic is None:
+            raise ReversibleUsageError(
+                f"{self._stack.label} was called without its model, so fraction_bits could not be calibrated: call "
+                "model(**batch) or meft_kernels.calibrate(model, batch) once, or pass fraction_bits to patch"
+            )
+        self._refuse_start(hidden_states)
         tape = Tape.start(
             hidden_states,
             arithmetic=way.arithmetic,
@@ -251,7 +329,7 @@ class Passes:
         return any(module.training for layer in self._stack.order for module in layer.module.modules())
 
     @staticmethod
-    def _check_untouched(current: Pass, layer: PatchedLayer, hidden_states: torch.Tensor) -> None:
+    def _check_untouched(current: Pass | InferencePass, layer: PatchedLayer, hidden_states: torch.Tensor) -> None:
         handed_on = current.handed_on
         # Not `is`: FSDP and others pass tensors through an identity Function of their own.
         same = (
@@ -262,7 +340,7 @@ class Passes:
             and current.version == version_of(hidden_states)
         )
         if same and current.version is None and current.watched:  # torch.inference_mode counts no writes
-            same = torch.equal(hidden_states, current.tape.read_out())
+            same = torch.equal(hidden_states, current.read_out())
         if not same:
             raise ReversibleUsageError(
                 f"the hidden states that {layer.name} got are not those that the layer before returned: a hook or the "

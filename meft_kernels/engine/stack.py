@@ -23,7 +23,7 @@ from .arithmetic import Arithmetic
 from .layer import PatchedLayer
 from .norms import lean_norms
 from .owner import BoundOwner, OwnerCall
-from .passes import Passes, Way
+from .passes import Pass, Passes, Way
 from .refusals import asked_for, refuse_frozen_adapters, refuse_outputs, refuse_replica
 from .remainders import HostMemory
 from .tape import Counts, Observer, Tape
@@ -73,6 +73,8 @@ class ReversibleStack:
         self.gate = gate or Gate()
         """For all stacks of a model: passes go through, whoever changes what they read waits for them."""
         self._switch = Switch()
+        self._calibrates = False
+        """Whether the next forward is to, whatever it is for."""
         self.observer: Observer | None = None
         self.counts = Counts()
         self.host = HostMemory() if config.remainders == "host" else None
@@ -163,6 +165,7 @@ class ReversibleStack:
         """Go on with another adapter's settings and calibration."""
         self.abandon()
         self.config, self.arithmetic, self.max_bits = config, arithmetic, None
+        self._calibrates = False
 
     def abandon(self) -> None:
         """Forget the pass under way, if any."""
@@ -219,13 +222,21 @@ class ReversibleStack:
             self.leave()
             raise
 
+    def only_infers(self) -> bool:
+        """Whether nobody will go back through the pass that begins now, nor wants its streams as training has them."""
+        wanted = torch.is_grad_enabled() or self.owner.training or self._calibrates or self.observer is not None
+        return self.config.inference == "float" and not wanted
+
     def begin(self, call: OwnerCall) -> None:
-        """It begins, calibrated if it goes through this stack."""
-        if self.arithmetic is None:
+        """It begins, calibrated if it goes through this stack and training's streams are wanted."""
+        infers = self.only_infers()
+        if self.arithmetic is None and not infers:
             return
+        self._calibrates = False
         between = self.spec.read_between or asked_for("output_hidden_states", self.owner, call.named)
         drops = self.layerdrop and self.owner.training
-        self.passes.begin(Way(self.arithmetic, self.observer, wants_hidden_states=between, drops=drops))
+        arithmetic = None if infers else self.arithmetic
+        self.passes.begin(Way(arithmetic, self.observer, wants_hidden_states=between, drops=drops))
 
     def finish(self, returned: Any) -> None:
         """A call of the owner has returned this.
@@ -237,7 +248,7 @@ class ReversibleStack:
         current, way = self.passes.current, self.passes.way
         if current is None or way is None or returned is None:
             return
-        if not way.drops:
+        if not (way.drops and isinstance(current, Pass)):
             raise ReversibleUsageError(
                 f"the model returned before {self.order[-1].name}, so the streams were never read out (a smaller "
                 "config.num_hidden_layers, or an early exit)"
@@ -260,12 +271,12 @@ class ReversibleStack:
                 f"fraction_bits={self.config.fraction_bits} was given to patch, there is nothing to calibrate"
             )
         if self.config.arithmetic == "exact":
-            self.arithmetic = None
+            self.arithmetic, self._calibrates = None, True
         self.passed_by.clear()
 
     def set_fraction_bits(self, fraction_bits: int) -> int:
         """Use these, calibrated elsewhere; fewer, if streams overflowed here or the settings say so. Returns them."""
         limits = (self.config.fraction_bits, self.max_bits)
         fraction_bits = min([fraction_bits, *(limit for limit in limits if limit is not None)])
-        self.arithmetic = Arithmetic(fraction_bits, self.config.impl)
+        self.arithmetic, self._calibrates = Arithmetic(fraction_bits, self.config.impl), False
         return fraction_bits
