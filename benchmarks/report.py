@@ -183,6 +183,19 @@ def loss(records: list[Record], folder: Path) -> str:
     return "\n\n".join([*parts, note])
 
 
+def host(records: list[Record], folder: Path) -> str:
+    """``benchmarks.host``: what a layer costs whoever launches its kernels."""
+    parts = []
+    for record in records:
+        for case, rivals in record.figures.items():
+            lines = ["| a layer | us | calls | time / LoRA + checkpointing |", "| --- | --- | --- | --- |"]
+            for rival, cost in rivals.items():
+                title = RIVALS[rival].title if rival in RIVALS else rival
+                lines.append(f"| {title} | {cost['us']:.0f} | {cost['calls']:.0f} | {cost['over']:.2f} |")
+            parts += [f"### {case}", "\n".join(lines)]
+    return "\n\n".join(parts)
+
+
 def draw(results: Path) -> None:
     """The plots that no command has drawn yet: those over all cases of the comparison."""
     folder = results / "comparison"
@@ -198,6 +211,9 @@ SECTIONS = (
     ),
     Section("Memory against depth, tokens and width", "scaling", "python -m benchmarks.scaling", scaling),
     Section("The loss without whole logits", "loss", "python -m benchmarks.loss --out benchmarks/results/loss", loss),
+    Section(
+        "The host's part of a step", "host", "python -m benchmarks.host --json benchmarks/results/host/cpu.json", host
+    ),
     Section("The estimator against measurement", "estimator", "python -m benchmarks.estimator", estimator),
     Section("The paper's findings, in miniature", "findings", "python -m benchmarks.findings all", findings),
     Section("On a GPU", "gpu", "python -m benchmarks.gpu", gpu),
