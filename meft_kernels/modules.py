@@ -79,3 +79,12 @@ class Parts:
         parts = modules_of(module)
         self._found = module, parts, held_by(map(_CHILDREN, parts))
         return parts
+
+
+def owner_of(model: Any, name: str) -> nn.Module:
+    """The nearest transformers model around a module (BertModel, not BertEncoder): the user calls that."""
+    parents = [
+        name.rsplit(".", depth)[0] if depth <= name.count(".") else "" for depth in range(1, name.count(".") + 2)
+    ]
+    owners = [model.get_submodule(parent) for parent in parents]
+    return next((owner for owner in owners if hasattr(owner, "config") and hasattr(owner, "base_model_prefix")), model)
