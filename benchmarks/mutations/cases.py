@@ -195,7 +195,7 @@ RECOMPUTES = (
     Mutation(
         "a recompute draws other random numbers",
         "engine/replay.py",
-        "torch.default_generator.manual_seed(seed)",
+        "torch.default_generator.manual_seed(self._seed)",
         "torch.default_generator.seed()",
         ("test_engine.py", "-k", "dropout or generator"),
     ),
