@@ -41,7 +41,7 @@ def gradients_of(
     before, _state.inner = _state.inner, True
     try:
         # What torch.autograd.grad calls when it has made sure of what is known here: half of its time is that.
-        return _run_backward(  # type: ignore[no-any-return]
+        return _run_backward(
             tuple(outputs), tuple(incoming), retain_graph, False, tuple(inputs), allow_unused, accumulate_grad=False
         )
     finally:
