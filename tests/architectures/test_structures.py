@@ -24,7 +24,7 @@ from meft_kernels.state import require_state
 
 from ..models import StreamWitness, worst_error
 from .exactness import FP32_BOUND, assert_exact, patched, step
-from .test_found import Layer, MadeUp, MadeUpConfig, in_turn, made_up
+from .test_found_refusals import Layer, MadeUp, MadeUpConfig, in_turn, made_up
 
 IDS = {"input_ids": torch.tensor([[3, 4, 5, 6], [7, 8, 9, 3]])}
 
