@@ -262,6 +262,19 @@ def generate(records: list[Record], folder: Path) -> str:
     return "\n\n".join(parts)
 
 
+def host(records: list[Record], folder: Path) -> str:
+    """``benchmarks.host``: what a layer costs whoever launches its kernels."""
+    parts = []
+    for record in records:
+        for case, rivals in record.figures.items():
+            lines = ["| a layer | us | calls | time / LoRA + checkpointing |", "| --- | --- | --- | --- |"]
+            for rival, cost in rivals.items():
+                title = RIVALS[rival].title if rival in RIVALS else rival
+                lines.append(f"| {title} | {cost['us']:.0f} | {cost['calls']:.0f} | {cost['over']:.2f} |")
+            parts += [f"### {case}", "\n".join(lines)]
+    return "\n\n".join(parts)
+
+
 def draw(results: Path) -> None:
     """The plots that no command has drawn yet: those over all cases of the comparison."""
     folder = results / "comparison"
@@ -283,6 +296,9 @@ SECTIONS = (
     Section(
         "generate with adapters in the model", "generate",
         "python -m benchmarks.generate --json benchmarks/results/generate/cpu.json", generate,
+    ),
+    Section(
+        "The host's part of a step", "host", "python -m benchmarks.host --json benchmarks/results/host/cpu.json", host
     ),
     Section("The estimator against measurement", "estimator", "python -m benchmarks.estimator", estimator),
     Section("The paper's findings, in miniature", "findings", "python -m benchmarks.findings all", findings),

@@ -15,7 +15,7 @@ from transformers.activations import ACT2FN
 from . import ops
 from .engine.exporting import exporting
 from .errors import ReversibleUsageError
-from .modules import modules_of
+from .modules import Parts, has_hooks, hooked, modules_of
 from .notices import warn_once
 from .ops import AdapterWeights
 from .ops.coupling.api import Impl
@@ -84,6 +84,7 @@ class Adapter(nn.Module):
     ) -> None:
         super().__init__()
         self.impl = impl
+        self._parts = Parts()
         self.activation_name = activation
         self.down = Projection(hidden_size, rank, device=device, dtype=dtype)
         self.activation = ACT2FN[activation]
@@ -117,12 +118,19 @@ class Adapter(nn.Module):
     @property
     def weights(self) -> AdapterWeights:
         """The parameters as the functional ops take them."""
-        return AdapterWeights(self.down.weight, self.down.bias, self.up.weight, self.up.bias)
+        down, up = self._modules["down"], self._modules["up"]
+        assert down is not None and up is not None
+        try:  # as a rule that is where they are, and ``__getattr__`` of a module takes its time
+            held, others = down._parameters, up._parameters
+            return AdapterWeights(held["weight"], held["bias"], others["weight"], others["bias"])  # type: ignore[arg-type]
+        except KeyError:
+            return AdapterWeights(down.weight, down.bias, up.weight, up.bias)  # type: ignore[arg-type]
 
     @property
     def live_dropout(self) -> float:
         """Probability of dropout now; 0 in eval mode."""
-        return self.dropout.p if self.dropout.training else 0.0
+        dropout: Any = self._modules["dropout"]
+        return dropout.p if dropout.training else 0.0
 
     def fused_input(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
         """The hidden states in the dtype that this call computes in, for the fused kernels; None if torch is to run.
@@ -157,13 +165,14 @@ class Adapter(nn.Module):
 
     def _why_not_fused(self) -> str | None:
         """What of this module the kernels would pass by."""
-        for module in modules_of(self):
-            if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks:
-                name = next(name for name, part in self.named_modules() if part is module)
-                return f"hooks are registered on {name or 'the adapter'}"
-        for name in ("down", "up"):
-            part = getattr(self, name)
-            if type(part) is not Projection or type(part.weight) not in (nn.Parameter, torch.Tensor):
+        tracing = torch.compiler.is_compiling()  # which takes neither what is kept nor loops in C
+        if any(map(has_hooks, modules_of(self))) if tracing else hooked(self._parts.of(self)):
+            name = next(name for name, part in self.named_modules() if has_hooks(part))
+            return f"hooks are registered on {name or 'the adapter'}"
+        weights = self.weights
+        for name, weight in (("down", weights.down), ("up", weights.up)):
+            part = self._modules[name]
+            if type(part) is not Projection or type(weight) not in (nn.Parameter, torch.Tensor):
                 weight = type(getattr(part, "weight", None)).__name__
                 return f"{name} is {type(part).__name__} with a weight of type {weight}"
         return None

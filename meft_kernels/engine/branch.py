@@ -10,7 +10,7 @@ import torch
 from ..adapters import FusedBranch
 from .call import Call
 from .pieces import AttentionInPieces
-from .replay import draw_seed, seeded
+from .replay import first_drawn
 from .tiles import WHOLE
 from .variants import Lane
 
@@ -36,7 +36,7 @@ class LaneBranch:
         """Whether the recompute makes what it needs of the center's value tile by tile, after a forward."""
         return len(self.tiles) > 1 and self.pieces is not None
 
-    @property
+    @functools.cached_property
     def where(self) -> str:
         return f"{self.lane.name} ({self.lane.branch.replace('_', ' ')}) of {self.call.layer.name}"
 
@@ -80,8 +80,7 @@ class LaneBranch:
         arithmetic = self.call.tape.arithmetic
         branch = self.call.layer.fused(self.lane.branch, hidden_states) if arithmetic.fuses else None
         if branch is not None and branch.dropout:
-            with seeded(self.seed(), hidden_states.device):
-                branch = branch._replace(seed=draw_seed())
+            branch = branch._replace(seed=first_drawn(self.seed()))
         return branch
 
     @functools.cached_property

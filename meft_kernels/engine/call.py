@@ -95,7 +95,7 @@ class Call:
 
     def __post_init__(self) -> None:
         self.inputs = [] if self.found is None else self.found.leaves
-        self._places = {id(tensor): place for place, tensor in enumerate(self.inputs)}
+        self._places = dict(zip(map(id, self.inputs), range(len(self.inputs)), strict=True))
 
     def forget(self) -> None:
         """Let go of what backward has used."""
@@ -184,17 +184,22 @@ class Call:
         if not roots or not (leaves or self.inputs):
             return [None] * len(leaves)
         found = gradients_of([edge for edge, _ in roots], [*leaves, *self.inputs], [gradient for _, gradient in roots])
-        self.collect(zip(self.inputs, found[len(leaves) :], strict=True), gradients)
+        for place, gradient in enumerate(found[len(leaves) :]):
+            if gradient is not None:
+                self._add(place, gradient, gradients)
         return list(found[: len(leaves)])
 
     def collect(self, found: Iterable[tuple[torch.Tensor, torch.Tensor | None]], gradients: Gradients) -> None:
         """Add gradients, each with its tensor, to those of ``inputs``."""
         for tensor, gradient in found:
             place = self._places.get(id(tensor))
-            if place is None or gradient is None:
-                continue
-            held = gradients[place]
-            gradients[place] = gradient if held is None else held + gradient
+            if place is not None and gradient is not None:
+                self._add(place, gradient, gradients)
+
+    @staticmethod
+    def _add(place: int, gradient: torch.Tensor, gradients: Gradients) -> None:
+        held = gradients[place]
+        gradients[place] = gradient if held is None else held + gradient
 
 
 def edge_of(output: torch.Tensor) -> GradientEdge | None:

@@ -164,9 +164,10 @@ class LanePass:
 
     def _keep(self, extras: tuple[Any, ...] | None, made: list[torch.Tensor], x: torch.Tensor) -> None:
         """Take up what the layer returns beside its hidden states, and note what all of it is made of."""
-        self.call.note([*made, *tree_leaves(extras)], [x])
         if extras is not None:
+            made = [*made, *tree_leaves(extras)]
             self.call.extras = Extras.of(extras)
+        self.call.note(made, [x])
 
     def _couple(
         self,

@@ -20,6 +20,7 @@ from .bound import BoundForward
 from .boxes import Boxes, put_back
 from .compiling import compiled_for, why_not_compiled
 from .exporting import WHY_NOT_COMPILED, exporting, record
+from .inventory import Inventories
 from .pieces import AttentionInPieces, Seeds, why_whole
 from .replay import seeded
 from .surroundings import buffers_kept
@@ -79,6 +80,7 @@ class PatchedLayer(BoundForward):
         self.tap = tap
         self._blocks_checked = False
         self._boxes = Boxes(stack.spec.boxes)
+        self.inventories = Inventories()
 
     @property
     def spec(self) -> LayerSpec:

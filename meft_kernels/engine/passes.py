@@ -158,7 +158,7 @@ class Passes:
         current = self._pass_at(layer, hidden_states, drops)
         place = current.place
         hidden_states = current.main  # what the recompute will see: as quantised, and no read-out
-        found = Surroundings(layer.module, layer.name, kwargs) if torch.is_grad_enabled() else None
+        found = Surroundings(layer.module, layer.name, kwargs, layer.inventories) if torch.is_grad_enabled() else None
         if found is None or not (found.trained or current.main.requires_grad or gives_gradient(cached_tensors(kwargs))):
             step = Step(layer, current.tape, place, kwargs)
             current.main = step.forward(hidden_states, recording=False)

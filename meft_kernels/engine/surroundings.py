@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from operator import attrgetter
 from typing import Any, NoReturn
 
 import torch
@@ -13,16 +13,16 @@ from torch.utils._pytree import tree_map_only
 
 from ..errors import ReversibleUsageError
 from ..modules import modules_of
-from .graph import guarded_leaf_of, leaf_of
+from .graph import guarded_leaf_of
+from .inventory import Inventories, Inventory, Place, copied, hook_changes, hooks_below
 from .replay import no_leaf
-
-_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
-_FLAGS = ("_forward_pre_hooks_with_kwargs", "_forward_hooks_with_kwargs", "_forward_hooks_always_called")
 
 _NOTHING = object()
 
-_Place = tuple[dict[str, Any], str, Any]
-"""A dictionary of a module's, a key in it, and what is there, or is to be."""
+_MODE, _VERSION, _NEEDS_GRADIENT = attrgetter("training"), attrgetter("_version"), attrgetter("requires_grad")
+
+_PLAIN = (type(None), bool, int, float, str)
+"""Types of arguments in which there is no tensor."""
 
 _SMALL = 2**16
 """Elements of a buffer that is kept as it was before forward: running statistics, counters, inverse frequencies."""
@@ -33,8 +33,15 @@ def version_of(tensor: torch.Tensor) -> int | None:
     return None if tensor.is_inference() else tensor._version
 
 
+def _versions_of(tensors: list[torch.Tensor]) -> list[int | None]:
+    try:
+        return list(map(_VERSION, tensors))
+    except RuntimeError:  # there is an inference tensor among them, which keeps none
+        return [version_of(tensor) for tensor in tensors]
+
+
 @contextmanager
-def _in_place(changes: list[_Place]) -> Iterator[None]:
+def _in_place(changes: list[Place]) -> Iterator[None]:
     """Run a block with these made."""
     before = [held.get(key, _NOTHING) for held, key, _ in changes]
     for held, key, value in changes:
@@ -76,48 +83,40 @@ class Surroundings:
         kwargs: the arguments, with those leaves in place.
     """
 
-    def __init__(self, module: nn.Module, name: str, kwargs: dict[str, Any]) -> None:
+    def __init__(
+        self, module: nn.Module, name: str, kwargs: dict[str, Any], inventories: Inventories | None = None
+    ) -> None:
         self._module, self._name = module, name
-        self._parts = modules_of(module)
-        self._modes = [part.training for part in self._parts]
-        self._hooks = _hooks_below(self._parts)
-        self.trained: list[torch.Tensor] = []
-        self.leaves: list[torch.Tensor] = []
-        self._places: list[_Place] = []
-        self._parameters: list[torch.Tensor] = []
-        self._small: list[_Place] = []
+        self._inventories = inventories or Inventories()
+        self._inventory: Inventory | None = self._inventories.of(module)
+        inventory = self._inventory
+        self._parts = inventory.parts
+        self._modes = list(map(_MODE, self._parts))
+        self._hooks = copied(hooks_below(self._parts))
+        self.trained: list[torch.Tensor] = [*inventory.trained]
+        self.leaves: list[torch.Tensor] = [*inventory.leaves]
+        self._places = inventory.places
+        self._parameters = inventory.parameters
+        self._small: list[Place] = []
         self._large: list[tuple[str, torch.Tensor, int | None]] = []
         self._arguments: list[torch.Tensor] = []
         self._versions: list[int | None] = []
-        self._look(self._parts)
-        self.kwargs: dict[str, Any] = tree_map_only(torch.Tensor, self._argument, kwargs)
+        for held, key, buffer in inventory.buffers:
+            if buffer.numel() <= _SMALL:
+                self._small.append((held, key, buffer.clone()))
+            else:
+                self._large.append((key, buffer, version_of(buffer)))
+        self.kwargs: dict[str, Any] = {key: self._with_leaves(value) for key, value in kwargs.items()}
 
-    def _look(self, parts: list[nn.Module]) -> None:
-        leaves: dict[int, torch.Tensor] = {}
-        for part in parts:
-            for name, parameter in part._parameters.items():
-                if parameter is not None:
-                    leaf = self._leaf_of(parameter, leaves)
-                    self._parameters.append(leaf)
-                    self._places.append((part._parameters, name, leaf))
-            for name, buffer in part._buffers.items():
-                if buffer is None:
-                    continue
-                if buffer.requires_grad:
-                    self._places.append((part._buffers, name, self._leaf_of(buffer, leaves)))
-                elif buffer.numel() <= _SMALL:
-                    self._small.append((part._buffers, name, buffer.clone()))
-                else:
-                    self._large.append((name, buffer, version_of(buffer)))
-        self.leaves += leaves.values()
-
-    def _leaf_of(self, tensor: torch.Tensor, leaves: dict[int, torch.Tensor]) -> torch.Tensor:
-        if not tensor.requires_grad:
-            return tensor
-        if id(tensor) not in leaves:
-            leaves[id(tensor)] = tensor if tensor.is_leaf else leaf_of(tensor)
-            self.trained.append(tensor)
-        return leaves[id(tensor)]
+    def _with_leaves(self, value: Any) -> Any:
+        """An argument with leaves in the place of its tensors: what ``tree_map_only`` does, which takes its time."""
+        if isinstance(value, torch.Tensor):
+            return self._argument(value)
+        if isinstance(value, _PLAIN):
+            return value
+        if type(value) is tuple:
+            return tuple([self._with_leaves(each) for each in value])
+        return tree_map_only(torch.Tensor, self._argument, value)
 
     def _argument(self, tensor: torch.Tensor) -> torch.Tensor:
         self._arguments.append(tensor)
@@ -145,7 +144,7 @@ class Surroundings:
                     f"{self._name} writes to its buffer {name} in forward, and a recompute would do "
                     "so once more: put the module that does it into eval mode, or patch(model, engine='autograd')"
                 )
-        self._versions = [version_of(tensor) for tensor in self._unchanged()]
+        self._versions = _versions_of(self._unchanged())
         self.trained = []  # they hold graphs
 
     def _unchanged(self) -> list[torch.Tensor]:
@@ -159,33 +158,41 @@ class Surroundings:
         Raises:
             ReversibleUsageError: modules are gone, or weights were frozen or written to.
         """
-        self._check()
-        with _in_place(self._changes()):
+        # The same object: modules, parameters and which of them are trained are what they were.
+        unchanged = self._inventories.of(self._module) is self._inventory
+        self._check(unchanged)
+        with _in_place(self._changes(unchanged)):
             yield
 
-    def _changes(self) -> list[_Place]:
-        changes: list[_Place] = [
-            (part.__dict__, "training", mode)
-            for part, mode in zip(self._parts, self._modes, strict=True)
-            if part.training is not mode
-        ]
-        hooks = _hooks_below(self._parts)
-        if hooks != self._hooks:
-            for part in {**hooks, **self._hooks}:
-                before = self._hooks.get(part, {})
-                changes += [(part.__dict__, kind, before.get(kind, OrderedDict())) for kind in _HOOKS + _FLAGS]
-        replaced = [(held, name, leaf) for held, name, leaf in self._places if held.get(name) is not leaf]
-        if any(leaf.numel() and not leaf.untyped_storage().size() for _, _, leaf in replaced):
-            self._refuse_replaced()  # FSDP has taken the whole weights away again
-        return [*changes, *replaced, *self._small]
+    def _changes(self, unchanged: bool) -> list[Place]:
+        changes: list[Place] = []
+        if list(map(_MODE, self._parts)) != self._modes:
+            changes += [
+                (part.__dict__, "training", mode)
+                for part, mode in zip(self._parts, self._modes, strict=True)
+                if part.training is not mode
+            ]
+        changes += hook_changes(self._hooks, hooks_below(self._parts))
+        if not unchanged:
+            replaced = [(held, name, leaf) for held, name, leaf in self._places if held.get(name) is not leaf]
+            if any(leaf.numel() and not leaf.untyped_storage().size() for _, _, leaf in replaced):
+                self._refuse_replaced()  # FSDP has taken the whole weights away again
+            changes += replaced
+        return [*changes, *self._small]
 
-    def _check(self) -> None:
-        present = modules_of(self._module)
-        gone = present != self._parts and not set(present).issuperset(self._parts)
-        if gone or not all(leaf.requires_grad for leaf in self.leaves):
+    def _check(self, unchanged: bool) -> None:
+        if not unchanged:
+            present = self._inventories.parts(self._module)
+            if present != self._parts and not set(present).issuperset(self._parts):
+                self._refuse_replaced()
+        if not all(map(_NEEDS_GRADIENT, self.leaves)):
             self._refuse_replaced()
-        for tensor, version in zip(self._unchanged(), self._versions, strict=True):
-            if version_of(tensor) != version:
+        tensors = self._unchanged()
+        versions = _versions_of(tensors)
+        if versions == self._versions:
+            return
+        for tensor, before, now in zip(tensors, self._versions, versions, strict=True):
+            if before != now:
                 raise ReversibleUsageError(
                     f"{self.name_of(tensor)} of {self._name} was changed in place between forward and backward, whose "
                     "gradients would be those of other values: run backward first, then change weights "
@@ -205,12 +212,3 @@ class Surroundings:
                 if leaf is tensor and (held is part._parameters or held is part._buffers):
                     return f"{prefix}.{name}".lstrip(".")
         return f"an argument of shape {tuple(tensor.shape)}"
-
-
-def _hooks_below(parts: list[nn.Module]) -> dict[nn.Module, dict[str, Any]]:
-    """Copies of the hooks in a layer, by module and kind. Its own run around its call, and not in it."""
-    return {
-        part: {kind: part.__dict__[kind].copy() for kind in _HOOKS + _FLAGS}
-        for part in parts[1:]
-        if part._forward_pre_hooks or part._forward_hooks or part._backward_pre_hooks or part._backward_hooks
-    }

@@ -8,7 +8,7 @@ interpreter truncates its own bf16 casts, and integers round alike everywhere.
 from __future__ import annotations
 
 import contextlib
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -17,6 +17,10 @@ import triton.language as tl
 from .coupling.checksum import FACTOR
 from .coupling.packing import GROUP
 from .coupling.types import INT_LIMIT, NON_FINITE, OVERFLOW
+from .launching import all_dense, as_bits
+
+NATIVE = (torch.float32, torch.float16, torch.bfloat16)
+"""Dtypes that kernels write."""
 
 LANES = tl.constexpr(GROUP)
 LIMIT = tl.constexpr(INT_LIMIT)
@@ -163,11 +167,6 @@ def blocks(size: int, block: int) -> int:
     return -(-size // block)
 
 
-def as_bits(tensor: torch.Tensor) -> torch.Tensor:
-    """bfloat16 tensors as int16, everything else as it is."""
-    return tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor
-
-
 class Rows(NamedTuple):
     """A tensor as kernels take it: rows of its last dimension, ``stride`` elements apart; (None, 0) for none."""
 
@@ -185,6 +184,14 @@ def rows_of(tensor: torch.Tensor | None) -> Rows:
     return Rows(as_bits(rows), rows.stride(0))
 
 
+def rows_of_all(*tensors: torch.Tensor | None) -> tuple[tuple[torch.Tensor | None, ...], tuple[int, ...]]:
+    """Tensors as kernels take them, and their strides: those that are dense as they are, if all are."""
+    if all_dense(*tensors):
+        return tensors, tuple([0 if tensor is None else tensor.shape[-1] for tensor in tensors])
+    rows, strides = zip(*map(rows_of, tensors), strict=True)
+    return rows, strides
+
+
 def as_rows(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor as rows of its last dimension with unit stride in it: a view where there is one, else a copy."""
     columns = tensor.shape[-1]
@@ -192,11 +199,6 @@ def as_rows(tensor: torch.Tensor) -> torch.Tensor:
         with contextlib.suppress(RuntimeError):
             return tensor.view(-1, columns)
     return tensor.contiguous().view(-1, columns)
-
-
-def on_device(tensor: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
-    """Kernels are launched under the device of their tensors."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 
 
 def writable_rows(tensor: torch.Tensor) -> torch.Tensor:
@@ -211,7 +213,7 @@ def writable_rows(tensor: torch.Tensor) -> torch.Tensor:
 
 def written(tensor: torch.Tensor, rows: torch.Tensor) -> None:
     """To be called when a kernel has written ``rows``, the ``writable_rows`` of a caller's tensor."""
-    if rows.data_ptr() != tensor.data_ptr():
+    if rows is not tensor and rows.data_ptr() != tensor.data_ptr():
         tensor.copy_(rows.view(tensor.shape))
     elif not tensor.is_inference():
         torch.autograd.graph.increment_version(tensor)  # autograd cannot see a kernel write

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -13,6 +14,21 @@ from ..coupling.types import Coupled, Uncoupled
 from . import reference
 from .checks import check_adapter, check_gradient, check_lane, check_like, seed_of, use_triton
 from .types import AdapterWeights, UncoupledBackward
+
+
+@functools.cache
+def _forward_kernels() -> Any:
+    """Imported where they are wanted: an import that is done already takes microseconds, too."""
+    from . import triton_forward
+
+    return triton_forward
+
+
+@functools.cache
+def _backward_kernels() -> Any:
+    from . import triton_backward
+
+    return triton_backward
 
 
 def _contiguous(remainder: torch.Tensor | None) -> torch.Tensor | None:
@@ -38,9 +54,7 @@ class _Adapter(torch.autograd.Function):
         ctx.settings = settings
         activation, dropout, seed, fused = settings
         if fused:
-            from . import triton_forward
-
-            return triton_forward.adapter(x, weights, activation, dropout, seed, residual)
+            return _forward_kernels().adapter(x, weights, activation, dropout, seed, residual)
         return reference.adapter(x, weights, activation, dropout, seed, residual)
 
     @staticmethod
@@ -69,9 +83,7 @@ def _backward(
     fused: bool,
 ) -> tuple[torch.Tensor, AdapterWeights]:
     if fused:
-        from . import triton_backward
-
-        return triton_backward.adapter_backward(dy, x, weights, activation, dropout, seed, skip, dx_into)
+        return _backward_kernels().adapter_backward(dy, x, weights, activation, dropout, seed, skip, dx_into)
     with torch.no_grad():
         return reference.adapter_backward(dy, x, weights, activation, dropout, seed, skip, dx_into)
 
@@ -181,9 +193,7 @@ def adapter_couple(
     lane = check_lane(a, x, coefficient, center, fraction_bits, value_dtype, inplace)
     branch = (x, AdapterWeights(*weights), number, dropout, seed_of(dropout, seed), residual)
     if use_triton(impl, weights[0].shape[0], a, x, center, *weights):
-        from . import triton_forward
-
-        return triton_forward.adapter_couple(a, *branch, lane)
+        return _forward_kernels().adapter_couple(a, *branch, lane)
     with torch.no_grad():
         return reference.adapter_couple(a, *branch, lane)
 
@@ -223,9 +233,7 @@ def adapter_uncouple(
     check_remainder(y, remainder, lane.exact, coefficient)
     branch = (x, AdapterWeights(*weights), number, dropout, seed_of(dropout, seed), residual)
     if use_triton(impl, weights[0].shape[0], y, x, center, *weights):
-        from . import triton_forward
-
-        done = triton_forward.couple(True, y, *branch, _contiguous(remainder), lane)
+        done = _forward_kernels().couple(True, y, *branch, _contiguous(remainder), lane)
         return Uncoupled(done.out, done.value, done.checksum)
     with torch.no_grad():
         return reference.adapter_uncouple(y, *branch, remainder, lane)
@@ -313,15 +321,11 @@ def adapter_uncouple_backward(
     drop = (number, dropout, seed_of(dropout, seed))
     skip = (1.0 if residual else 0.0) - (coefficient if through_center else 0.0)
     if use_triton(impl, weights[0].shape[0], y, dy, x, center, dx_into, *weights):
-        from . import triton_backward
-        from .triton_forward import StreamTensors
-
-        with torch.no_grad():
-            stream = StreamTensors(y, lane)
-            dx, gradients = triton_backward.adapter_backward(
-                dy, x, weights, *drop, skip, dx_into, stream, _contiguous(remainder), residual
-            )
-            stream.finish()
+        stream = _forward_kernels().StreamTensors(y, lane)
+        dx, gradients = _backward_kernels().adapter_backward(
+            dy, x, weights, *drop, skip, dx_into, stream, _contiguous(remainder), residual
+        )
+        stream.finish()
         return UncoupledBackward(stream.out, stream.value, stream.checksum, dx, gradients)
     with torch.no_grad():
         undone = reference.adapter_uncouple(y, x, weights, *drop, residual, remainder, lane)

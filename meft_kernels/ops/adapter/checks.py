@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..coupling import api as coupling
+from ..launching import facts, remembered
 from .types import ACTIVATIONS, MAX_RANK, AdapterWeights, Coupling
 
 
@@ -26,31 +27,44 @@ def why_not_fused(x: torch.Tensor, weights: AdapterWeights, activation: str) -> 
 
 def check_adapter(x: torch.Tensor, weights: AdapterWeights, activation: str, dropout: float) -> int:
     """Validate one adapter; the number of its activation."""
+    given = (facts(x), tuple(map(facts, weights)), activation, dropout)
+    try:
+        return _check_adapter(*given)
+    except TypeError:  # see coupling.api.check
+        return _check_adapter.__wrapped__(*given)
+
+
+_Facts = tuple[torch.Size, torch.dtype, torch.device]
+
+
+@remembered
+def _check_adapter(x: _Facts, weights: tuple[_Facts, ...], activation: str, dropout: float) -> int:
     if activation not in ACTIVATIONS:
         raise ValueError(f"unknown activation {activation!r}; these are known: {', '.join(sorted(ACTIVATIONS))}")
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout must be in [0, 1), got {dropout}")
-    if x.dim() == 0:
+    shape, dtype, device = x
+    if not shape:
         raise ValueError("x needs at least one dimension")
-    if x.dtype not in coupling.FLOATS:
-        raise TypeError(f"x must be floating point, got {x.dtype}")
-    weights = AdapterWeights(*weights)
-    if weights.down.dim() != 2 or not weights.down.shape[0]:
-        raise ValueError(f"down is [rank, H] with a rank of at least 1, got {tuple(weights.down.shape)}")
-    rank, width = weights.down.shape
-    if width != x.shape[-1] or not width:
-        raise ValueError(f"down is {tuple(weights.down.shape)}, the last dimension of x {x.shape[-1]}")
-    shapes = {"down_bias": (rank,), "up": (width, rank), "up_bias": (width,)}
-    for name, shape in shapes.items():
-        if tuple(getattr(weights, name).shape) != shape:
-            raise ValueError(f"{name} must be {shape}, got {tuple(getattr(weights, name).shape)}")
-    dtypes = {weight.dtype for weight in weights}
-    if len(dtypes) > 1 or not dtypes <= {x.dtype, torch.float32} or (x.dtype == torch.float64 != weights.down.dtype):
+    if dtype not in coupling.FLOATS:
+        raise TypeError(f"x must be floating point, got {dtype}")
+    down = weights[0][0]
+    if len(down) != 2 or not down[0]:
+        raise ValueError(f"down is [rank, H] with a rank of at least 1, got {tuple(down)}")
+    rank, width = down
+    if width != shape[-1] or not width:
+        raise ValueError(f"down is {tuple(down)}, the last dimension of x {shape[-1]}")
+    expected = {"down_bias": (rank,), "up": (width, rank), "up_bias": (width,)}
+    for (name, wanted), (actual, _, _) in zip(expected.items(), weights[1:], strict=True):
+        if tuple(actual) != wanted:
+            raise ValueError(f"{name} must be {wanted}, got {tuple(actual)}")
+    dtypes = {weight[1] for weight in weights}
+    if len(dtypes) > 1 or not dtypes <= {dtype, torch.float32} or (dtype == torch.float64 != weights[0][1]):
         raise TypeError(
-            f"all weights must be {x.dtype} like x, or float32 beside 16-bit x, got {sorted(map(str, dtypes))}"
+            f"all weights must be {dtype} like x, or float32 beside 16-bit x, got {sorted(map(str, dtypes))}"
         )
-    if any(weight.device != x.device for weight in weights):
-        raise ValueError(f"x is on {x.device}, the weights on {sorted({str(weight.device) for weight in weights})}")
+    if any(weight[2] != device for weight in weights):
+        raise ValueError(f"x is on {device}, the weights on {sorted({str(weight[2]) for weight in weights})}")
     return ACTIVATIONS[activation]
 
 

@@ -6,6 +6,8 @@ device, and backward draws it again. The bits are those of ``tl.randint(seed, co
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 _LOW = 0xFFFFFFFF
@@ -13,6 +15,7 @@ _KEYS = (0x9E3779B9, 0xBB67AE85)
 _ROUNDS = (0xD2511F53, 0xCD9E8D57)
 
 
+@functools.lru_cache
 def drop_threshold(probability: float) -> int:
     """Elements whose 32 random bits are below it are dropped: the probability to the nearest 2^-32."""
     return min(round(probability * 2**32), _LOW)

@@ -21,27 +21,35 @@ are the same bits in every run.
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 
 from ..kernel_parts import (
     LANES,
-    Rows,
-    as_bits,
     blocks,
     dot,
     load_float,
-    on_device,
     operand_pointer,
     round_like,
     round_operand,
-    rows_of,
+    rows_of_all,
     widen,
     writable_rows,
     written,
 )
-from .triton_forward import StreamTensors, branch_constants, cast_weights, dropout_scalars, lane_constants
+from ..launching import Launch, remembered, without_gradients
+from .triton_forward import (
+    StreamTensors,
+    branch_constants,
+    cast_weights,
+    dropout_scalars,
+    lane_constants,
+    lane_scalars,
+    tile_of,
+)
 from .triton_parts import (
     COUNTS,
     Tile,
@@ -222,29 +230,91 @@ def row_splits(rows: int, columns: int, tile: Tile) -> tuple[int, int]:
     return blocks(rows, split_rows), split_rows
 
 
-def _weight_gradients(
-    dy: Rows, x: Rows, z: torch.Tensor, d_pre: torch.Tensor, rows: int, weights: AdapterWeights, *, narrow: bool
-) -> AdapterWeights:
-    """Gradients in the weights' dtype; views of one buffer. To be called under the device of the tensors."""
-    rank, columns = weights.down.shape
+class _Sums(NamedTuple):
+    """How weight gradients are summed up."""
+
+    products: Launch
+    total: Launch
+    splits: int
+    scalars: tuple[int, ...]
+
+
+@remembered
+def _sums(
+    rows: int,
+    columns: int,
+    rank: int,
+    dtypes: tuple[torch.dtype, ...],
+    device: torch.device,
+    strides: tuple[int, ...],
+    tile: Tile,
+) -> _Sums:
     size = rank * columns
     total = 2 * size + rank + columns
-    flat = torch.empty(total, dtype=weights.down.dtype, device=z.device)
-    tile = (WEIGHT_TILES if narrow else WEIGHT_TILES_FP32)[padded_rank(rank)]
     splits, split_rows = row_splits(rows, columns, tile)
-    partial = torch.empty(splits, total, dtype=torch.float32, device=z.device)
-    adapter_weights_kernel[(blocks(columns, tile.block_h), splits, 2)](
-        dy.tensor, x.tensor, z, d_pre, partial, rows, split_rows, columns, size, dy.stride, x.stride,
-        RANK=rank, RANKS=padded_rank(rank), BLOCK_M=tile.block_m, BLOCK_H=tile.block_h, **tile.options(),
-    )  # fmt: skip
-    sum_splits_kernel[(blocks(total, SUM_BLOCK),)](
-        partial, as_bits(flat), total, splits, BLOCK=SUM_BLOCK, num_warps=4, enable_fp_fusion=False
+    constants = {"RANK": rank, "RANKS": padded_rank(rank), "BLOCK_M": tile.block_m, "BLOCK_H": tile.block_h}
+    grid = (blocks(columns, tile.block_h), splits, 2)
+    options = {"BLOCK": SUM_BLOCK, "num_warps": 4, "enable_fp_fusion": False}
+    return _Sums(
+        Launch(adapter_weights_kernel, grid, constants | tile.options(), device),
+        Launch(sum_splits_kernel, (blocks(total, SUM_BLOCK),), options, device),
+        splits,
+        (rows, split_rows, columns, size, *strides),
     )
+
+
+def _weight_gradients(
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    strides: tuple[int, ...],
+    z: torch.Tensor,
+    d_pre: torch.Tensor,
+    rows: int,
+    weights: AdapterWeights,
+    *,
+    narrow: bool,
+) -> AdapterWeights:
+    """Gradients in the weights' dtype; views of one buffer.
+
+    Args:
+        dy, x: rows, and ``strides`` from one to the next.
+    """
+    rank, columns = weights.down.shape
+    size, dtype = rank * columns, weights.down.dtype
+    total = 2 * size + rank + columns
+    tile = (WEIGHT_TILES if narrow else WEIGHT_TILES_FP32)[padded_rank(rank)]
+    sums = _sums(rows, columns, rank, (dy.dtype, x.dtype, dtype), z.device, strides, tile)
+    flat = torch.empty(total, dtype=dtype, device=z.device)
+    partial = torch.empty(sums.splits, total, dtype=torch.float32, device=z.device)
+    sums.products((dy, x, z, d_pre, partial), sums.scalars)
+    sums.total((partial, flat), (total, sums.splits))
     down, down_bias, up, up_bias = flat.split((size, rank, size, columns))
     return AdapterWeights(down.view(rank, columns), down_bias, up.view(columns, rank), up_bias)
 
 
-@torch.no_grad()
+@remembered
+def _backward_launch(
+    rows: int,
+    columns: int,
+    dtypes: tuple[torch.dtype | None, ...],
+    device: torch.device,
+    strides: tuple[int, ...],
+    rank: int,
+    tile: Tile,
+    activation: int,
+    dropout: bool,
+    residual: bool,
+    exact: tuple[int, int] | None,
+    lane: bool,
+    skip: bool,
+    into: bool,
+) -> Launch:
+    constants = {"LANE": lane, "SKIP": skip, "RESIDUAL": residual} | lane_constants(exact, inverse=True)
+    constants |= branch_constants(rank, columns, tile, activation, dropout=dropout)
+    return Launch(adapter_backward_kernel, (blocks(rows, tile.block_m),), constants, device)
+
+
+@without_gradients
 def adapter_backward(
     dy: torch.Tensor,
     x: torch.Tensor,
@@ -264,24 +334,30 @@ def adapter_backward(
         return dx, AdapterWeights(*(torch.zeros_like(weight) for weight in weights))
     rank, columns = weights.down.shape
     rows = x.numel() // columns
-    dy_rows, x_rows, target = rows_of(dy.to(x.dtype)), rows_of(x), writable_rows(dx)
-    dx_rows = rows_of(target)
+    target = writable_rows(dx)
+    (dy_rows, x_rows, dx_rows), (dy_stride, x_stride, dx_stride) = rows_of_all(dy.to(x.dtype), x, target)
+    assert dy_rows is not None and x_rows is not None and dx_rows is not None
     # As bits from the start, if they are bfloat16: only kernels see them.
     dtype = torch.int16 if x.dtype == torch.bfloat16 else x.dtype
     z, d_pre = (torch.empty(rows, rank, dtype=dtype, device=x.device) for _ in range(2))
-    into = None if dx_into is None else dx_rows.tensor
-    constants, block = branch_constants(x, rank, activation, dropout)
+    into = None if dx_into is None else dx_rows
     lane = stream.lane if stream is not None else Coupling(1.0, None, None, None, None, False)
-    lane_values, scalars = lane_constants(lane, inverse=True)
-    tensors, strides = stream.rows() if stream is not None else ((None,) * 4, (0,) * 4)
-    with on_device(x):
-        adapter_backward_kernel[(blocks(rows, block),)](
-            dy_rows.tensor, x_rows.tensor, *cast_weights(weights, x.dtype), into, dx_rows.tensor, z, d_pre,
-            *tensors, remainder, None if stream is None else stream.totals,
-            rows, columns, dy_rows.stride, x_rows.stride, dx_rows.stride, dx_rows.stride,
-            *strides, *dropout_scalars(dropout, seed), *scalars, skip,
-            LANE=stream is not None, SKIP=skip != 0, RESIDUAL=residual, **lane_values, **constants,
-        )  # fmt: skip
-        gradients = _weight_gradients(dy_rows, x_rows, z, d_pre, rows, weights, narrow=x.dtype != torch.float32)
+    streams, stream_strides = stream.rows() if stream is not None else ((None,) * 4, (0,) * 4)
+    strides = (dy_stride, x_stride, dx_stride, dx_stride, *stream_strides)
+    dtypes = (x.dtype, dx.dtype, *(() if stream is None else stream.dtypes))
+    launch = _backward_launch(
+        rows, columns, dtypes, x.device, strides, rank, tile_of(x, rank), activation, dropout > 0, residual,
+        lane.exact, stream is not None, skip != 0, into is not None,
+    )  # fmt: skip
+    launch(
+        (
+            dy_rows, x_rows, *cast_weights(weights, x.dtype), into, dx_rows, z, d_pre, *streams, remainder,
+            None if stream is None else stream.totals,
+        ),
+        (rows, columns, *strides, *dropout_scalars(dropout, seed), *lane_scalars(lane), float(skip)),
+    )  # fmt: skip
+    gradients = _weight_gradients(
+        dy_rows, x_rows, (dy_stride, x_stride), z, d_pre, rows, weights, narrow=x.dtype != torch.float32
+    )
     written(dx, target)
     return dx, gradients

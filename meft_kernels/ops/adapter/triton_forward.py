@@ -27,19 +27,20 @@ from ..coupling.packing import packed_shape, remainder_bits
 from ..coupling.types import Coupled
 from ..kernel_parts import (
     LANES,
-    as_bits,
+    NATIVE,
     blocks,
     load_float,
-    on_device,
     round_like,
-    rows_of,
+    rows_of_all,
     writable_rows,
     written,
 )
+from ..launching import Launch, all_dense, remembered, without_gradients
 from .dropout import drop_threshold, signed_seed
 from .triton_parts import (
     COUNTS,
     EVEN_COLUMNS,
+    Tile,
     add_totals,
     bottleneck_flags,
     branch_tile,
@@ -114,53 +115,84 @@ INTERPRETED: bool = not isinstance(adapter_couple_kernel, triton.runtime.JITFunc
 
 def cast_weights(weights: AdapterWeights, dtype: torch.dtype) -> AdapterWeights:
     """As the kernels read them: dense, in the dtype of the hidden states. Costs rank / rows of the product."""
-    return AdapterWeights(*(as_bits(weight.to(dtype).contiguous()) for weight in weights))
+    if weights.down.dtype == dtype and all_dense(*weights):
+        return weights
+    return AdapterWeights(*[weight.to(dtype).contiguous() for weight in weights])
 
 
-def branch_constants(x: torch.Tensor, rank: int, activation: int, dropout: float) -> tuple[dict[str, Any], int]:
-    """Constexprs and options of a kernel that computes the branch of ``x``; rows of a program."""
-    tile = tile_for(rank, x.shape[-1], narrow=x.dtype != torch.float32)
+def branch_constants(rank: int, columns: int, tile: Tile, activation: int, *, dropout: bool) -> dict[str, Any]:
+    """Constexprs and options of a kernel that computes the branch."""
     constants = {
         "ACT": activation,
-        "DROPOUT": dropout > 0,
+        "DROPOUT": dropout,
         "RANK": rank,
         "RANKS": padded_rank(rank),
         "BLOCK_M": tile.block_m,
         "BLOCK_K": tile.block_k,
         "BLOCK_H": tile.block_h,
-        "EVEN": x.shape[-1] % EVEN_COLUMNS == 0,
+        "EVEN": columns % EVEN_COLUMNS == 0,
     }
-    return constants | tile.options(), tile.block_m
+    return constants | tile.options()
+
+
+def tile_of(x: torch.Tensor, rank: int) -> Tile:
+    """The tile of every kernel that computes the branch of ``x``."""
+    return tile_for(rank, x.shape[-1], narrow=x.dtype != torch.float32)
 
 
 def dropout_scalars(dropout: float, seed: int) -> tuple[int, int, float]:
     """Seed, threshold and scale of the kept elements."""
+    if not dropout:
+        return 0, 0, 1.0
     return signed_seed(seed), drop_threshold(dropout), 1 / (1 - dropout)
 
 
-def lane_constants(lane: Coupling, *, inverse: bool) -> tuple[dict[str, int], tuple[float, float, float]]:
-    """Constexprs and scalars (scale, inverse_scale, coefficient) of a coupling step."""
-    q, sign = lane.exact or (1, 1)
-    constants = {"EXACT": lane.exact is not None, "INVERSE": inverse, "Q": q, "SIGN": sign, "BITS": remainder_bits(q)}
+def lane_constants(exact: tuple[int, int] | None, *, inverse: bool) -> dict[str, int]:
+    """Constexprs of a coupling step."""
+    q, sign = exact or (1, 1)
+    return {"EXACT": exact is not None, "INVERSE": inverse, "Q": q, "SIGN": sign, "BITS": remainder_bits(q)}
+
+
+def lane_scalars(lane: Coupling) -> tuple[float, float, float]:
+    """(scale, inverse_scale, coefficient) of a coupling step."""
     k = lane.fraction_bits or 0
-    return constants, (2.0**k, 2.0**-k, lane.coefficient)
+    return 2.0**k, 2.0**-k, float(lane.coefficient)
 
 
-@torch.no_grad()
+@remembered
+def _adapter_launch(
+    rows: int,
+    columns: int,
+    dtypes: tuple[torch.dtype | None, ...],
+    device: torch.device,
+    strides: tuple[int, ...],
+    rank: int,
+    tile: Tile,
+    activation: int,
+    dropout: bool,
+) -> Launch:
+    constants = branch_constants(rank, columns, tile, activation, dropout=dropout)
+    return Launch(adapter_kernel, (blocks(rows, tile.block_m),), constants, device)
+
+
+@without_gradients
 def adapter(
     x: torch.Tensor, weights: AdapterWeights, activation: int, dropout: float, seed: int, residual: torch.Tensor | None
 ) -> torch.Tensor:
     """``reference.adapter``, not differentiable."""
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if x.numel():
-        (x_rows, residual_rows, out_rows), strides = zip(*map(rows_of, (x, residual, out)), strict=True)
-        rows, columns = out.numel() // x.shape[-1], x.shape[-1]
-        constants, block = branch_constants(x, weights.down.shape[0], activation, dropout)
-        with on_device(x):
-            adapter_kernel[(blocks(rows, block),)](
-                x_rows, *cast_weights(weights, x.dtype), residual_rows, out_rows,
-                rows, columns, *strides, *dropout_scalars(dropout, seed), **constants,
-            )  # fmt: skip
+        tensors, strides = rows_of_all(x, residual, out)
+        columns, rank = x.shape[-1], weights.down.shape[0]
+        rows = out.numel() // columns
+        dtypes = (x.dtype, None if residual is None else residual.dtype)
+        launch = _adapter_launch(
+            rows, columns, dtypes, x.device, strides, rank, tile_of(x, rank), activation, dropout > 0
+        )
+        launch(
+            (tensors[0], *cast_weights(weights, x.dtype), *tensors[1:]),
+            (rows, columns, *strides, *dropout_scalars(dropout, seed)),
+        )
     return out
 
 
@@ -169,7 +201,7 @@ class StreamTensors:
 
     def __init__(self, stream: torch.Tensor, lane: Coupling) -> None:
         self.stream, self.lane = stream, lane
-        native = lane.value_dtype in (torch.float32, torch.float16, torch.bfloat16)
+        native = lane.value_dtype in NATIVE
         self.value = torch.empty(stream.shape, dtype=lane.value_dtype, device=stream.device) if native else None
         self.out = stream if lane.inplace else torch.empty(stream.shape, dtype=stream.dtype, device=stream.device)
         self.totals = torch.zeros(2, dtype=torch.int64, device=stream.device)  # checksum and status
@@ -179,9 +211,15 @@ class StreamTensors:
 
     def rows(self) -> tuple[tuple[torch.Tensor | None, ...], tuple[int, ...]]:
         """Stream, center, out and value as rows, and their strides."""
-        tensors, strides = zip(*map(rows_of, (self.source, self.lane.center, self.target, self.value)), strict=True)
-        return tensors, strides
+        return rows_of_all(self.source, self.lane.center, self.target, self.value)
 
+    @property
+    def dtypes(self) -> tuple[torch.dtype | None, ...]:
+        """Of the stream, the center and the value."""
+        center, value = self.lane.center, self.value
+        return self.stream.dtype, None if center is None else center.dtype, None if value is None else value.dtype
+
+    @without_gradients
     def finish(self) -> None:
         """After the launch: what the kernel could not write itself."""
         lane, k = self.lane, self.lane.fraction_bits
@@ -202,7 +240,27 @@ class StreamTensors:
         return self.totals.view(torch.int32)[2]
 
 
-@torch.no_grad()
+@remembered
+def _couple_launch(
+    inverse: bool,
+    rows: int,
+    columns: int,
+    dtypes: tuple[torch.dtype | None, ...],
+    device: torch.device,
+    strides: tuple[int, ...],
+    rank: int,
+    tile: Tile,
+    activation: int,
+    dropout: bool,
+    residual: bool,
+    exact: tuple[int, int] | None,
+) -> Launch:
+    constants = lane_constants(exact, inverse=inverse) | {"RESIDUAL": residual}
+    constants |= branch_constants(rank, columns, tile, activation, dropout=dropout)
+    return Launch(adapter_couple_kernel, (blocks(rows, tile.block_m),), constants, device)
+
+
+@without_gradients
 def couple(
     inverse: bool,
     stream: torch.Tensor,
@@ -218,18 +276,19 @@ def couple(
     """One coupling step or its inverse, ``remainder`` being written or read."""
     tensors = StreamTensors(stream, lane)
     if stream.numel():
-        (source, center, target, value), (stream_stride, *strides) = tensors.rows()
-        x_rows, x_stride = rows_of(x)
-        columns = x.shape[-1]
-        constants, block = branch_constants(x, weights.down.shape[0], activation, dropout)
-        lane_values, scalars = lane_constants(lane, inverse=inverse)
+        (source, center, target, value), (stream_stride, *others) = tensors.rows()
+        (x_rows,), (x_stride,) = rows_of_all(x)
+        columns, rank = x.shape[-1], weights.down.shape[0]
         rows = stream.numel() // columns
-        with on_device(x):
-            adapter_couple_kernel[(blocks(rows, block),)](
-                source, x_rows, *cast_weights(weights, x.dtype), center, target, value, remainder, tensors.totals,
-                rows, columns, stream_stride, x_stride, *strides, *dropout_scalars(dropout, seed), *scalars,
-                **lane_values, RESIDUAL=residual, **constants,
-            )  # fmt: skip
+        strides = (stream_stride, x_stride, *others)
+        launch = _couple_launch(
+            inverse, rows, columns, (x.dtype, *tensors.dtypes), x.device, strides, rank, tile_of(x, rank), activation,
+            dropout > 0, residual, lane.exact,
+        )  # fmt: skip
+        launch(
+            (source, x_rows, *cast_weights(weights, x.dtype), center, target, value, remainder, tensors.totals),
+            (rows, columns, *strides, *dropout_scalars(dropout, seed), *lane_scalars(lane)),
+        )
     tensors.finish()
     return tensors
 

@@ -9,6 +9,7 @@ A program takes BLOCK_M rows. Row numbers past the end repeat the last row, so l
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import triton
@@ -95,6 +96,7 @@ ODD_TILES_FP32 = {
 }
 
 
+@functools.cache
 def padded_rank(rank: int) -> int:
     """``tl.dot`` wants at least 16 columns, ``tl.arange`` a power of two."""
     return max(16, 1 << (rank - 1).bit_length())

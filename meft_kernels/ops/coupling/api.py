@@ -5,10 +5,11 @@ from __future__ import annotations
 import functools
 import importlib.util
 import logging
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
+from ..launching import facts, remembered
 from . import reference
 from .packing import packed_shape
 from .types import Coupled, Uncoupled
@@ -60,17 +61,27 @@ def _has_bfloat16(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
+@functools.cache
+def _kernels() -> Any:
+    """The Triton module, imported where it is wanted: an import that is done already takes microseconds, too."""
+    from . import triton
+
+    return triton
+
+
 def why_not_triton(*tensors: torch.Tensor | None) -> str | None:
     """The reason why the Triton kernels cannot take these tensors, or None."""
     if not _triton_installed():
         return "triton is not installed"
-    from . import triton as kernels
+    present = [tensor for tensor in tensors if tensor is not None]
+    return _why_not_these(tuple([tensor.dtype for tensor in present]), present[0].device, _kernels().INTERPRETED)
 
-    dtypes = {tensor.dtype for tensor in tensors if tensor is not None}
+
+@remembered
+def _why_not_these(dtypes: tuple[torch.dtype, ...], device: torch.device, interpreted: bool) -> str | None:
     if torch.float64 in dtypes:
         return "float64 tensors are not supported"
-    device = next(tensor.device for tensor in tensors if tensor is not None)
-    if device.type != "cuda" and not kernels.INTERPRETED:
+    if device.type != "cuda" and not interpreted:
         return f"the tensors are on {device}"
     if torch.bfloat16 in dtypes and device.type == "cuda" and not _has_bfloat16(device):
         return "bfloat16 needs compute capability 8.0"
@@ -88,8 +99,9 @@ def use_triton(
     """
     if impl not in ("auto", "torch", "triton"):
         raise ValueError(f"impl must be 'auto', 'torch' or 'triton', got {impl!r}")
-    on_gpu = any(tensor is not None and tensor.device.type == "cuda" for tensor in tensors)
-    if impl == "torch" or (impl == "auto" and not on_gpu):
+    if impl == "torch":
+        return False
+    if impl == "auto" and True not in [tensor is not None and tensor.is_cuda for tensor in tensors]:
         return False
     reason = obstacle or why_not_triton(*tensors)
     if reason is None:
@@ -109,24 +121,42 @@ def check(
     branch_name: str = "branch",
 ) -> tuple[int, int] | None:
     """Validate one lane; ``(q, sign)`` for exact streams, None for float ones."""
-    if stream.dim() == 0:
+    centers = None if center is None else facts(center)
+    given = (facts(stream), facts(branch), centers, fraction_bits, coefficient, branch_name)
+    try:
+        return _check(*given)
+    except TypeError:  # sizes without values (torch.compile's dynamic shapes) have no hash; or it is what it raises
+        return _check.__wrapped__(*given)
+
+
+_Facts = tuple[torch.Size, torch.dtype, torch.device]
+
+
+@remembered
+def _check(
+    stream: _Facts,
+    branch: _Facts,
+    center: _Facts | None,
+    fraction_bits: int | None,
+    coefficient: float,
+    branch_name: str,
+) -> tuple[int, int] | None:
+    shape, dtype, device = stream
+    if not shape:
         raise ValueError("a stream needs at least one dimension")
-    for name, tensor in ((branch_name, branch), ("center", center)):
-        if tensor is not None and (tensor.shape != stream.shape or tensor.device != stream.device):
-            raise ValueError(
-                f"{name} is {tuple(tensor.shape)} on {tensor.device}, "
-                f"the stream {tuple(stream.shape)} on {stream.device}"
-            )
-    if branch.dtype not in FLOATS:
-        raise TypeError(f"{branch_name} must be floating point, got {branch.dtype}")
-    if center is not None and center.dtype != stream.dtype:
-        raise TypeError(f"center is {center.dtype}, the stream {stream.dtype}")
-    if stream.dtype == torch.int32:
+    for name, other in ((branch_name, branch), ("center", center)):
+        if other is not None and (other[0] != shape or other[2] != device):
+            raise ValueError(f"{name} is {tuple(other[0])} on {other[2]}, the stream {tuple(shape)} on {device}")
+    if branch[1] not in FLOATS:
+        raise TypeError(f"{branch_name} must be floating point, got {branch[1]}")
+    if center is not None and center[1] != dtype:
+        raise TypeError(f"center is {center[1]}, the stream {dtype}")
+    if dtype == torch.int32:
         if fraction_bits is None or not 0 <= fraction_bits <= MAX_FRACTION_BITS:
             raise ValueError(f"an int32 stream needs fraction_bits in [0, {MAX_FRACTION_BITS}], got {fraction_bits}")
         return reciprocal(coefficient)
-    if stream.dtype not in FLOATS:
-        raise TypeError(f"a stream is int32 (exact) or floating point, got {stream.dtype}")
+    if dtype not in FLOATS:
+        raise TypeError(f"a stream is int32 (exact) or floating point, got {dtype}")
     if fraction_bits is not None:
         raise ValueError("fraction_bits belongs to int32 streams")
     if not coefficient:
@@ -139,6 +169,8 @@ def check_remainder(
 ) -> None:
     """Validate the packed remainders that an inverse was given."""
     q = exact[0] if exact is not None else 1
+    if q == 1 and remainder is None:
+        return
     expected = packed_shape(y.shape, q) if q > 1 else None
     actual = tuple(remainder.shape) if remainder is not None else None
     if actual != expected:
@@ -199,9 +231,7 @@ def couple_now(
     """:func:`couple`, computed here and not left to a graph."""
     exact = check(a, branch, center, fraction_bits, coefficient)
     if use_triton(impl, a, branch, center):
-        from . import triton as kernels
-
-        return kernels.couple(a, branch, coefficient, exact, center, fraction_bits, value_dtype, inplace, first_row)
+        return _kernels().couple(a, branch, coefficient, exact, center, fraction_bits, value_dtype, inplace, first_row)
     with torch.no_grad():
         if exact is not None and fraction_bits is not None:
             q, sign = exact
@@ -258,9 +288,7 @@ def uncouple_now(
     exact = check(y, branch, center, fraction_bits, coefficient)
     check_remainder(y, remainder, exact, coefficient)
     if use_triton(impl, y, branch, center):
-        from . import triton as kernels
-
-        return kernels.uncouple(
+        return _kernels().uncouple(
             y, branch, coefficient, exact, remainder, center, fraction_bits, value_dtype, inplace, first_row
         )
     with torch.no_grad():

@@ -20,7 +20,7 @@ interpreter truncates its own bf16 casts, and integers round alike everywhere.
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -30,22 +30,23 @@ from ..kernel_parts import (
     FP32_MAX,
     LANES,
     LIMIT,
+    NATIVE,
     NON_FINITE_FLAG,
     OVERFLOW_FLAG,
     blocks,
     checksums,
     floor_divide,
     load_float,
-    on_device,
     pack,
     quantise,
     round_like,
-    rows_of,
+    rows_of_all,
     store_value,
     unpack_part,
     writable_rows,
     written,
 )
+from ..launching import Launch, all_dense, remembered, without_gradients
 from . import reference
 from .packing import GROUP, packed_shape, remainder_bits
 from .types import Coupled, Uncoupled
@@ -172,6 +173,56 @@ OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}  # a fused multiply-add wo
 BLOCKS = ((65536, 256), (0, 64))
 
 
+class _Plan(NamedTuple):
+    """What follows from shapes, dtypes and settings alone."""
+
+    launch: Launch
+    before: tuple[int, ...]
+    """Scalars ahead of the number of the first row, which only integer streams have."""
+    after: tuple[float, ...]
+
+
+@remembered
+def _plan(
+    inverse: bool,
+    shape: torch.Size,
+    dtypes: tuple[torch.dtype | None, ...],
+    device: torch.device,
+    dense: bool,
+    strides: tuple[int, ...],
+    coefficient: float,
+    exact: tuple[int, int] | None,
+    fraction_bits: int | None,
+    sizes: tuple[tuple[int, int], ...],
+) -> _Plan:
+    """Of tensors (stream, branch, center, out, value) of these dtypes; None for those that are not there.
+
+    Args:
+        dense: whether there are no gaps between rows, in any of them.
+        strides: from row to row.
+        sizes: ``BLOCKS``.
+    """
+    columns = shape[-1]
+    rows = shape.numel() // columns
+    # Remainders and checksums go by row: there, no group may straddle two.
+    if flat := dense and (columns % GROUP == 0 or exact is None):
+        strides = (0,) * len(dtypes)
+        if exact is None:
+            rows, columns = 1, rows * columns
+    groups = rows * (row_groups := blocks(columns, GROUP))
+    after: tuple[float, ...] = (float(coefficient),)
+    constants: dict[str, int] = {"INVERSE": inverse}
+    kernel: Any = float_kernel
+    if exact is not None and fraction_bits is not None:
+        after = (2.0**fraction_bits, 2.0**-fraction_bits)
+        kernel = uncouple_exact_kernel if inverse else couple_exact_kernel
+        constants = {"Q": exact[0], "SIGN": exact[1], "BITS": remainder_bits(exact[0])}
+    block = next(size for least, size in sizes if groups >= least)
+    constants |= {"BLOCK": block, "FLAT": flat, "EVEN": columns % GROUP == 0, **OPTIONS}
+    launch = Launch(kernel, (blocks(groups, block),), constants, device)
+    return _Plan(launch, (groups, row_groups, columns, *strides), after)
+
+
 def _launch(
     inverse: bool,
     packed: torch.Tensor | None,
@@ -186,37 +237,26 @@ def _launch(
     first_row: int,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
     """The new stream, its copy as ``value_dtype``, and the totals: checksum and status."""
-    native = value_dtype in (torch.float32, torch.float16, torch.bfloat16)
-    value = torch.empty(stream.shape, dtype=value_dtype, device=stream.device) if native else None
-    out = stream if inplace else torch.empty(stream.shape, dtype=stream.dtype, device=stream.device)
-    totals = torch.zeros(2, dtype=torch.int64, device=stream.device)  # checksum and status, cleared by one memset
+    shape, device = stream.shape, stream.device
+    native = value_dtype in NATIVE
+    value = torch.empty(shape, dtype=value_dtype, device=device) if native else None
+    out = stream if inplace else torch.empty(shape, dtype=stream.dtype, device=device)
+    totals = torch.zeros(2, dtype=torch.int64, device=device)  # checksum and status, cleared by one memset
     if stream.numel():
-        source = writable_rows(stream) if inplace else stream
-        target = source if inplace else out
-        tensors, strides = zip(*map(rows_of, (source, branch, center, target, value)), strict=True)
-
-        rows, columns = stream.numel() // stream.shape[-1], stream.shape[-1]
-        dense = all(tensor is None or tensor.is_contiguous() for tensor in tensors)
-        # Remainders and checksums go by row: there, no group may straddle two.
-        if flat := dense and (columns % GROUP == 0 or exact is None):
-            strides = (0,) * len(tensors)
-            if exact is None:
-                rows, columns = 1, rows * columns
-        groups = rows * (row_groups := blocks(columns, GROUP))
-
-        scalars: tuple[float, ...] = (coefficient,)
-        constants: dict[str, int] = {"INVERSE": inverse}
-        kernel: Any = float_kernel
-        if exact is not None and fraction_bits is not None:
-            scalars = (first_row, 2.0**fraction_bits, 2.0**-fraction_bits)
-            kernel = uncouple_exact_kernel if inverse else couple_exact_kernel
-            constants = {"Q": exact[0], "SIGN": exact[1], "BITS": remainder_bits(exact[0])}
-        block = next(size for least, size in BLOCKS if groups >= least)
-        with on_device(stream):
-            kernel[(blocks(groups, block),)](
-                *tensors, packed, totals, groups, row_groups, columns, *strides, *scalars,
-                **constants, BLOCK=block, FLAT=flat, EVEN=columns % GROUP == 0, **OPTIONS,
-            )  # fmt: skip
+        source = target = out
+        if not inplace:
+            source = stream
+        elif not stream.is_contiguous():
+            source = target = writable_rows(stream)
+        tensors, strides = rows_of_all(source, branch, center, target, value)
+        dense = all_dense(*tensors)
+        dtypes = (
+            stream.dtype, branch.dtype, None if center is None else center.dtype, out.dtype,
+            value_dtype if native else None,
+        )  # fmt: skip
+        plan = _plan(inverse, shape, dtypes, device, dense, strides, coefficient, exact, fraction_bits, BLOCKS)
+        row = () if exact is None else (first_row,)
+        plan.launch((*tensors, packed, totals), (*plan.before, *row, *plan.after))
         if inplace:
             written(stream, target)
     if value is None and value_dtype is not None:  # float64, say
@@ -225,7 +265,7 @@ def _launch(
     return out, value, totals
 
 
-@torch.no_grad()
+@without_gradients
 def couple(
     a: torch.Tensor,
     branch: torch.Tensor,
@@ -246,7 +286,7 @@ def couple(
     return Coupled(y, value, packed, totals[0], totals.view(torch.int32)[2])  # little-endian, as packing insists
 
 
-@torch.no_grad()
+@without_gradients
 def uncouple(
     y: torch.Tensor,
     branch: torch.Tensor,
