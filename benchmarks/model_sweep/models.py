@@ -18,7 +18,7 @@ from torch import nn
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from .batches import batches
+from .batches import NoBatch, batches
 from .settings import OVERRIDES, Width, small
 
 MOST = 4e7
@@ -89,7 +89,7 @@ def build(model_type: str, name: str, width: Width, layers: int | None) -> Any:
     with torch.device("meta"):
         size = sum(parameter.numel() for parameter in cls(copy.deepcopy(config)).parameters())
     if size > MOST:
-        raise CannotBeMade(f"{size / 1e6:.0f} million weights, whatever is made small")
+        raise CannotBeMade(f"{size / 1e6:.0f} million weights")
     torch.manual_seed(0)
     return cls(config).float().eval()
 
@@ -167,6 +167,8 @@ def _fitting_batch(model: Any, errors: list[str]) -> dict[str, Any] | None:
                     torch.manual_seed(3)
                     model.train()(**batch)  # some want labels then
                     values = list(floats(model.eval()(**batch)))
+            except NoBatch:
+                continue
             except Exception as error:  # whatever a model's own code says
                 errors.append(f"{type(model).__name__}, {label}: {_short(error)}")
                 continue
@@ -177,7 +179,11 @@ def _fitting_batch(model: Any, errors: list[str]) -> dict[str, Any] | None:
 
 
 def _short(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}".strip().splitlines()[0][:160]
+    """In one line; of a missing package, its name."""
+    if missing := re.search(r"requires the (\S+) library", str(error)):
+        return f"needs {missing[1]}, which is not installed"
+    said = " ".join(str(error).split()).removeprefix("Class validation error for validator 'validate_architecture': ")
+    return f"{type(error).__name__}: {said}"[:200]
 
 
 def spread(model: nn.Module) -> None:

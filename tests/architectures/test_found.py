@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import transformers
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
@@ -295,6 +296,25 @@ class Behind(Layer):
         return super().forward(x) + self.box["values"]
 
 
+class Crosses(Layer):
+    """Mixes what it is given as keys, which are the hidden states once more."""
+
+    def forward(self, x: torch.Tensor, keys: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        x = x + self.mix(self.norm1(keys)).cumsum(1)
+        return x + self.fall(torch.tanh(self.rise(self.norm2(x))))
+
+
+class Beside(Layer):
+    """Moves another state, too, by linear layers that come last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(16, 32), nn.Linear(32, 16)
+
+    def forward(self, x: torch.Tensor, other: torch.Tensor, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        return super().forward(x), other + self.down(torch.tanh(self.up(other)))
+
+
 class Dead(Layer):
     def forward(self, x: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         return super().forward(x).detach()
@@ -344,6 +364,19 @@ def injects(model: MadeUp, x: torch.Tensor) -> torch.Tensor:
     return model.stack[2](model.stack[1](model.stack[0](x)) + 1)
 
 
+def crosses(model: MadeUp, x: torch.Tensor) -> torch.Tensor:
+    for layer in model.stack:
+        x = layer(x, x)
+    return x
+
+
+def beside(model: MadeUp, x: torch.Tensor) -> torch.Tensor:
+    other = x.tanh()
+    for layer in model.stack:
+        x, other = layer(x, other)
+    return x + other
+
+
 def writes_between(model: MadeUp, x: torch.Tensor) -> torch.Tensor:
     x = model.stack[1](model.stack[0](x))
     return model.stack[2](x.mul_(2))
@@ -382,6 +415,30 @@ def test_what_does_not_serve_is_refused(name: str) -> None:
     with pytest.raises(UnsupportedModelError, match=f"'made_up' has no family file, and its structure.*{message}"):
         meft_kernels.patch(model)
     assert _everything(model) == before
+
+
+def _under_peft(model: MadeUp) -> nn.Module:
+    peft = pytest.importorskip("peft")
+    return peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["mix"]))
+
+
+def _under_ddp(model: MadeUp) -> nn.Module:
+    return nn.parallel.DistributedDataParallel(model)
+
+
+@pytest.mark.parametrize("around", [_under_peft, _under_ddp, torch.compile])
+def test_what_does_not_serve_is_refused_in_a_wrapper(around: Callable[[MadeUp], Any]) -> None:
+    if around is _under_ddp:
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        model = around(made_up(run=backwards))
+        before = _everything(model)
+        with pytest.raises(UnsupportedModelError, match=r"'made_up' .* layers run in another order than they stand"):
+            meft_kernels.patch(model)
+        assert _everything(model) == before
+    finally:
+        if around is _under_ddp:
+            dist.destroy_process_group()
 
 
 def test_what_serves_of_the_same_kind() -> None:
@@ -439,25 +496,34 @@ def test_a_model_that_takes_no_made_up_inputs() -> None:
     meft_kernels.patch(model, probe={"words": torch.tensor([[3, 4, 5, 6]])})
 
 
-def test_hidden_states_read_between_layers() -> None:
-    """A model that uses what a layer in the middle gave has it, with its gradient."""
+def reads(model: MadeUp, x: torch.Tensor) -> torch.Tensor:
+    middle = model.stack[0](x)
+    x = model.stack[2](model.stack[1](middle))
+    return x + middle.tanh()
 
-    def reads(model: MadeUp, x: torch.Tensor) -> torch.Tensor:
-        middle = model.stack[0](x)
-        x = model.stack[2](model.stack[1](middle))
-        return x + middle.tanh()
 
+@pytest.mark.parametrize(("layer", "run"), [(Layer, reads), (Crosses, crosses)], ids=["by the model", "by a layer"])
+def test_hidden_states_read_between_layers(layer: type[Layer], run: Run) -> None:
+    """Who uses what a layer in the middle gave has it, with its gradient: the model, or the next layer once more."""
     ids = torch.tensor([[3, 4, 5, 6], [7, 8, 9, 3]])
     results = []
     for engine in ("reversible", "autograd"):
-        model = patched(made_up(run=reads), engine=engine).train()
+        model = patched(made_up(layer, run), engine=engine).train()
         results.append(step(model, {"input_ids": ids}))
     assert results[0][0] == results[1][0]
     assert worst_error(results[0][1], results[1][1]) <= FP32_BOUND
     with torch.no_grad():
-        expected = made_up(run=reads)(ids).last_hidden_state
-        found = meft_kernels.patch(made_up(run=reads))(ids).last_hidden_state
+        expected = made_up(layer, run)(ids).last_hidden_state
+        found = meft_kernels.patch(made_up(layer, run))(ids).last_hidden_state
+    # Not to be seen in a step: both engines would hand on the same wrong numbers.
     assert (found - expected).norm() < 0.02 * expected.norm()
+
+
+def test_the_ffn_is_one_that_writes_hidden_states() -> None:
+    model = made_up(Beside, beside)
+    (layers,) = find(model).layers
+    assert layers.ffn_reads(model.stack[0]) is model.stack[0].rise
+    assert layers.ffn_writes(model.stack[0]) is model.stack[0].fall
 
 
 @pytest.mark.parametrize("variant", ["meft1", "meft2"])

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from .trace import Call, Trace
+from .trace import Call, Trace, is_same
 
 
 @dataclass
@@ -171,7 +171,10 @@ def _check_handed_on(before: Call, after: Call) -> None:
 
 
 def _read_elsewhere(call: Call, after: Call) -> bool:
-    return any(inside is None or not after.contains(inside) for _, inside in call.readers)
+    if any(inside is None or not after.contains(inside) for _, inside in call.readers):
+        return True
+    # As keys and values, say, which the engine hands on as they are: a stream's place is the first argument alone.
+    return any(call.returned is not None and is_same(other, call.returned) for other in after.others)
 
 
 def owner_of(model: Any, name: str) -> nn.Module:

@@ -19,7 +19,7 @@ from .blocks import ByKind, Kind, Whole, Without, kind_of
 from .chains import Chain, NoChain, find_chains, layer_lists, owner_of
 from .proof import Unproven, prove_cut, prove_layers
 from .surroundings import untouched
-from .taps import Tap, ends_in_norm, find_tap
+from .taps import Tap, ends_in_norm, find_tap, leading_to
 from .trace import Trace, trace
 
 if TYPE_CHECKING:
@@ -228,7 +228,7 @@ def _layers_of(model: nn.Module, chain: Chain, seen: Trace, first: int) -> Found
     tapped = apart = True
     for call in chain.calls[first:]:
         parts = sorted(_once(seen, call), key=lambda part: part.start)
-        tap = find_tap(parts, chain.width) or Tap("", "")
+        tap = find_tap(leading_to(call, parts), chain.width) or Tap("", "")
         cut = prove_cut(call, parts, tap, by_rows=kind_of(call.module) not in mlp) if apart else None
         tapped, apart = tapped and tap.writes != "", apart and cut is not None
         for found, value in ((taps, tap), *(((attention, cut[0]), (mlp, cut[1])) if cut else ())):

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 from .trace import Call
 
@@ -40,6 +41,21 @@ def find_tap(parts: list[Call], width: int) -> Tap | None:
     if last is not None and (pair is None or last.end >= pair[1].end):
         return Tap(last.name, last.name)
     return None if pair is None else Tap(pair[0].name, pair[1].name)
+
+
+def leading_to(layer: Call, parts: list[Call]) -> list[Call]:
+    """The parts on the way to a layer's hidden states. Others make what it returns beside them (LiLT's layout)."""
+    if layer.returned is None or sum(isinstance(leaf, torch.Tensor) for leaf in tree_leaves(layer.output)) < 2:
+        return parts
+    seen, todo = set(), [layer.returned.grad_fn]
+    while todo:
+        node = todo.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            todo += [below for below, _ in node.next_functions]
+    if not seen:
+        return parts
+    return [part for part in parts if part.returned is not None and part.returned.grad_fn in seen]
 
 
 def _keeps(part: Call, width: int) -> bool:
