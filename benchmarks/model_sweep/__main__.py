@@ -53,7 +53,9 @@ def main() -> None:
         _sweep(results, chosen)
     from .table import page
 
-    PAGE.write_text(page(results, code()), encoding="utf-8")
+    PAGE.write_text(page(results), encoding="utf-8")
+    stale = sum(found.get("code") != code() for found in results.values())
+    print(f"{len(results)} model types, {stale} of them looked at with other code (--stale)")
 
 
 def code() -> str:

@@ -21,6 +21,7 @@ from meft_kernels.state import PatchState, require_state
 from meft_kernels.targets import find_spec
 
 from .models import CannotBeMade, floats, make
+from .stand_ins import stood_in
 
 START = 0.03
 """How far patching alone may move the outputs. What moves them further must shrink with the coupling's coefficients, as
@@ -54,6 +55,8 @@ def look(model_type: str) -> dict[str, Any]:
     except CannotBeMade as reason:
         return {"outcome": "cannot be made", "reason": str(reason)}
     found: dict[str, Any] = {"class": type(model).__name__, "written": find_architecture(model_type) is not None}
+    if stood_in(model):
+        found["note"] = "its tower for images, of timm, is one convolution here"
     with _looked_at_once():
         return found | _checked(model, batch)
 

@@ -20,6 +20,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from .batches import NoBatch, batches
 from .settings import OVERRIDES, Width, small
+from .stand_ins import ImageTower, stand_in_for_timm
 
 MOST = 4e7
 """Weights of a model that is tried."""
@@ -66,6 +67,7 @@ def make(model_type: str) -> tuple[Any, dict[str, Any]]:
     Raises:
         CannotBeMade: none runs.
     """
+    stand_in_for_timm()
     names = classes(model_type)
     bare = [name for name in names[3:] if name in str(MAPPINGS["MODEL"].get(model_type))]
     errors: list[str] = []
@@ -86,6 +88,8 @@ def build(model_type: str, name: str, width: Width, layers: int | None) -> Any:
     """A model of this class, in evaluation mode."""
     config = config_of(model_type, width, layers)
     cls = getattr(transformers, name)
+    if issubclass(cls, ImageTower):
+        raise CannotBeMade("needs timm, which is not installed")
     with torch.device("meta"):
         size = sum(parameter.numel() for parameter in cls(copy.deepcopy(config)).parameters())
     if size > MOST:
