@@ -1,4 +1,4 @@
-"""README says what is."""
+"""README and the pages under docs/ say what is."""
 
 from __future__ import annotations
 
@@ -14,19 +14,25 @@ from meft_kernels.cli import app
 
 from .architectures.zoo import ZOO
 
-README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def page(name: str) -> str:
+    return (ROOT / "docs" / name).read_text(encoding="utf-8")
 
 
 def test_settings_table() -> None:
+    settings = page("settings.md")
     for option in dataclasses.fields(meft_kernels.MeftConfig):
         row = f"| `{option.name}` | `{option.default!r}` | {option.metadata['help']} |"
-        assert row in README, f"README lacks the row: {row}"
+        assert row in settings, f"docs/settings.md lacks the row: {row}"
 
 
 def test_supported_models() -> None:
     """Made from the registry; tests/architectures proves every row, since its models are made from the registry too."""
     table = as_markdown()
-    assert table in README
+    assert table in page("supported-models.md")
     assert all(f"| `{model_type}` |" in table for model_type in meft_kernels.supported_model_types())
     assert set(meft_kernels.supported_model_types()) <= ZOO.keys()
 
@@ -43,6 +49,7 @@ def test_commands() -> None:
 
 
 def test_names_in_the_tour() -> None:
+    tour = page("tour.md")
     for name in (
         "patch",
         "describe",
@@ -52,15 +59,15 @@ def test_names_in_the_tour() -> None:
         "load_adapter",
         "unpatch",
     ):
-        assert f"meft_kernels.{name}(" in README
+        assert f"meft_kernels.{name}(" in tour
         assert callable(getattr(meft_kernels, name))
 
 
 def test_every_row_of_what_it_composes_with_names_its_tests() -> None:
-    rows = README.split("### What it composes with")[1].split("Something raised?")[0]
+    rows = page("composes.md").split("Something raised?")[0]
     rows = [row for row in rows.splitlines() if row.startswith("| ")][2:]
     assert len(rows) > 10
     for row in rows:
         named = re.findall(r"`(tests/[\w/]+\.py)`", row.split(" | ")[2])
         assert named, row
-        assert not [name for name in named if not (Path(__file__).parents[1] / name).exists()]
+        assert not [name for name in named if not (ROOT / name).exists()]

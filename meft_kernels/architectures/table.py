@@ -21,6 +21,6 @@ def supported_models() -> list[tuple[str, str, str]]:
 
 
 def as_markdown() -> str:
-    """The table as README has it."""
+    """The table as docs/supported-models.md has it."""
     rows = [COLUMNS, ("---",) * 3, *((name, f"`{kind}`", notes) for name, kind, notes in supported_models())]
     return "".join(f"| {' | '.join(row)} |\n".replace("|  |", "| |") for row in rows)

@@ -10,7 +10,7 @@ from .shared import console, errors, quiet, user_errors
 
 
 def models(
-    markdown: Annotated[bool, typer.Option("--markdown", help="As README has it.")] = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="As docs/supported-models.md has it.")] = False,
     probe: Annotated[
         str | None, typer.Option(help="A hub id, a folder or a model type: what is found of it, from its config alone.")
     ] = None,

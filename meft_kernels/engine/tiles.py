@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-AUTO_ROWS = {"cpu": 256}
+AUTO_ROWS = {"cpu": 512}
 """Rows of a tile by kind of device, where the settings leave it open; ``AUTO_ROWS_ELSEWHERE`` on all others."""
 
 AUTO_ROWS_ELSEWHERE = 2048
