@@ -3,7 +3,7 @@
     OMP_NUM_THREADS=1 nice python -m benchmarks.model_sweep            # goes on where it was stopped; --workers 2
     python -m benchmarks.model_sweep --stale                           # those looked at with other code, or not yet
     python -m benchmarks.model_sweep --only gemma4 qwen3_vl --again
-    python -m benchmarks.model_sweep --table                           # docs/MODELS.md from what was found
+    python -m benchmarks.model_sweep --table                           # docs/MODELS.md, and counts elsewhere
 
 Each type has a process of its own, with a limit of time and memory. A type passes where every rebuilt input is equal
 bit for bit, every gradient is within 1e-5 of plain autograd's, the outputs are at first the pretrained model's, and
@@ -31,6 +31,7 @@ REPOSITORY = Path(__file__).parents[2]
 HERE = Path(__file__).parents[1] / "results" / "model_sweep"
 RESULTS = HERE / "results.json"
 PAGE = REPOSITORY / "docs" / "MODELS.md"
+COUNTED = (REPOSITORY / "README.md", REPOSITORY / "docs" / "supported-models.md")
 SECONDS = 90
 MEMORY = 12 << 30
 
@@ -48,14 +49,21 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=1, help="types at a time")
     parser.add_argument("--table", action="store_true", help="write docs/MODELS.md and stop")
     chosen = parser.parse_args()
-    results: dict[str, Any] = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
+    results = _recorded()
     if not chosen.table:
         _sweep(results, chosen)
-    from .table import page
+    from .table import COUNT, count, page
 
     PAGE.write_text(page(results), encoding="utf-8")
+    for place in COUNTED:
+        place.write_text(COUNT.sub(count(results), place.read_text(encoding="utf-8")), encoding="utf-8")
     stale = sum(found.get("code") != code() for found in results.values())
     print(f"{len(results)} model types, {stale} of them looked at with other code (--stale)")
+
+
+def _recorded() -> dict[str, Any]:
+    recorded: dict[str, Any] = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
+    return recorded
 
 
 def code() -> str:
@@ -90,6 +98,7 @@ def _sweep(results: dict[str, Any], chosen: argparse.Namespace) -> None:
 
     types = [each for each in chosen.only or model_types() if due(each)]
     for model_type, found, seconds in _apart(types, chosen.workers):
+        results |= _recorded()  # by another sweep meanwhile
         results[model_type] = {**found, "code": now}
         print(model_type, found["outcome"], round(seconds, 1), str(found.get("reason", ""))[:150], flush=True)
         text = json.dumps(dict(sorted(results.items())), indent=1)

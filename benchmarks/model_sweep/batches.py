@@ -66,6 +66,11 @@ def batches(model: Any) -> list[tuple[str, Callable[[], Batch]]]:
     if "input_ids" in known:
         found += [("text", lambda: _texts(model, known, 12)), ("text of 16", lambda: _texts(model, known, 16))]
         found += [("bare text", lambda: {"input_ids": _ids(16)}), ("text of 64", lambda: {"input_ids": _ids(64)})]
+        if codes := _whole(setting(config, "num_codebooks"), 0):
+            found.append(("codes", lambda: {"input_ids": _ids(12 * (codes + 1)).unflatten(1, (12, codes + 1))}))
+            if "decoder_input_ids" in known:
+                each = torch.cat([_ids(10)] * codes)
+                found.append(("text and codes", lambda: {**_texts(model, known, 12), "decoder_input_ids": each}))
         found.append(("text and more", lambda: {**_texts(model, known, 12), **_beside(config, known, 12)}))
     elif "pixel_values" in known:
         found += [("image", partial(_named, "pixel_values", ROWS, channels, *s)) for s in (size, (64, 64), (224, 224))]
@@ -109,9 +114,13 @@ def _apart(model: Any, known: Any, images: Batch) -> Batch:
 
 def _beside(config: Any, known: Any, tokens: int) -> Batch:
     """What some models want beside texts: places on a page, parts of an image, how long and loud words are."""
-    bins, seen = _whole(setting(config, "num_mel_bins"), 16), _whole(setting(config, "visual_feat_dim"), 2048)
+    bins, seen = (
+        _whole(setting(config, "num_mel_bins", "feature_size"), 16),
+        _whole(setting(config, "visual_feat_dim"), 2048),
+    )
     every: Batch = {
         "bbox": torch.rand(ROWS, tokens, 4, generator=torch.Generator().manual_seed(1)),
+        "mm_token_type_ids": torch.zeros(ROWS, tokens).long(),
         "visual_feats": _random(ROWS, 4, seen),
         "visual_pos": torch.rand(ROWS, 4, 4),
         "duration_labels": torch.ones(ROWS, tokens).long(),

@@ -81,7 +81,8 @@ def make(model_type: str) -> tuple[Any, dict[str, Any]]:
             batch = _fitting_batch(model, errors)
             if batch is not None:
                 return model, batch
-    raise CannotBeMade(errors[0] if errors else "no class")
+    telling = [error for error in errors if "required positional argument" not in error]
+    raise CannotBeMade([*telling, *errors, "no class"][0])
 
 
 def build(model_type: str, name: str, width: Width, layers: int | None) -> Any:
@@ -204,6 +205,8 @@ def spread(model: nn.Module) -> None:
                 nn.init.normal_(parameter, std=0.05)
 
 
+MASKED = 1e30
+"""Larger numbers are no outputs: they keep a softmax from somewhere (Splinter's start positions)."""
 _NOT_OUTPUTS = ("past_key_values", "cache_params", "hidden_states", "attentions", "state", "rope_deltas")
 
 
@@ -211,7 +214,7 @@ def floats(output: Any, top: bool = True) -> Iterator[torch.Tensor]:
     """What a caller looks at of a model's output."""
     if isinstance(output, torch.Tensor):
         if output.is_floating_point() and output.numel():
-            yield output
+            yield output.masked_fill((output.abs() > MASKED) & output.isfinite(), 0.0)
     elif isinstance(output, dict):
         for key, value in output.items():
             if not (top and key in _NOT_OUTPUTS):

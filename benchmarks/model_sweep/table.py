@@ -75,6 +75,16 @@ def page(results: dict[str, Any]) -> str:
     return "".join(parts)
 
 
+COUNT = re.compile(r"\d+ of \d+ model types of transformers pass, \d+ of the \d+")
+
+
+def count(results: dict[str, Any]) -> str:
+    """What README and the page on supported models say of all this, as ``COUNT`` finds it."""
+    passing = [name for name, found in results.items() if found["outcome"] == "passes"]
+    used = len(set(USED).intersection(passing))
+    return f"{len(passing)} of {len(results)} model types of transformers pass, {used} of the {len(USED)}"
+
+
 def _passing(model_type: str, found: dict[str, Any]) -> tuple[str, ...]:
     layers = _lists(found)
     places = "<br>".join(f"`{name}` ({kinds})" for name, kinds, _ in layers) or "family file"
