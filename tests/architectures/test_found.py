@@ -519,8 +519,17 @@ def test_hidden_states_read_between_layers(layer: type[Layer], run: Run) -> None
     assert (found - expected).norm() < 0.02 * expected.norm()
 
 
-def test_the_ffn_is_one_that_writes_hidden_states() -> None:
-    model = made_up(Beside, beside)
+class Square(Layer):
+    """Its FFN is as wide as its hidden states."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rise, self.fall = nn.Linear(16, 16), nn.Linear(16, 16)
+
+
+@pytest.mark.parametrize(("layer", "run"), [(Beside, beside), (Square, in_turn)])
+def test_the_ffn_is_one_that_writes_hidden_states(layer: type[Layer], run: Run) -> None:
+    model = made_up(layer, run)
     (layers,) = find(model).layers
     assert layers.ffn_reads(model.stack[0]) is model.stack[0].rise
     assert layers.ffn_writes(model.stack[0]) is model.stack[0].fall

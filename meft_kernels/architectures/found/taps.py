@@ -79,18 +79,20 @@ def _last_that_keeps(direct: list[Call], width: int) -> Call | None:
 
 
 def _pair(parts: list[Call], width: int) -> tuple[Call, Call] | None:
-    """The last linear layer that gives the width, outside of attention, and the last before it that reads the same."""
+    """The last linear layer that gives the width, outside of attention, and the last before it that reads the same.
+
+    One that gives another width, if there is such: an FFN is rarely as wide within as the hidden states are.
+    """
     linear = [part for part in parts if _is_linear(part.module) and not _is_attention(part.name)]
     linear = [part for part in linear if not any(part.name.startswith(f"{other.name}.") for other in linear)]
     writes = next((p for p in reversed(linear) if p.returned is not None and p.returned.shape[-1] == width), None)
     if writes is None or writes.returned is None:
         return None
-    for part in reversed(linear):
-        if part.start >= writes.start or part.given is None or part.returned is None:
-            continue
-        if part.given.shape == writes.returned.shape and part.returned.shape[-1] != width:
-            return part, writes
-    return None
+    before = [part for part in reversed(linear) if part.start < writes.start and part.given is not None]
+    before = [part for part in before if part.given.shape == writes.returned.shape]  # type: ignore[union-attr]
+    other = (part for part in before if part.returned is not None and part.returned.shape[-1] != width)
+    reads = next(other, before[0] if before else None)
+    return None if reads is None else (reads, writes)
 
 
 def _is_linear(module: nn.Module) -> bool:
