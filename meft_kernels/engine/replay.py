@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 
@@ -67,3 +69,14 @@ def seeded(seed: int | None, device: torch.device) -> Iterator[None]:
             module = torch.get_device_module(device)
             module.default_generators[device.index or 0].manual_seed(seed)
         yield
+
+
+@contextmanager
+def other_generators_kept() -> Iterator[None]:
+    """Run a block and put NumPy's and Python's global generators back, which speech models draw their masks from."""
+    of_numpy, of_python = np.random.get_state(), random.getstate()
+    try:
+        yield
+    finally:
+        np.random.set_state(of_numpy)
+        random.setstate(of_python)

@@ -27,7 +27,7 @@ from .owner import BoundOwner, OwnerCall
 from .passes import Passes, Way
 from .refusals import asked_for, refuse_frozen_adapters, refuse_outputs, refuse_replica
 from .remainders import HostMemory
-from .replay import seeded
+from .replay import other_generators_kept, seeded
 from .surroundings import buffers_kept
 from .tape import Counts, Observer, Tape
 from .threads import Gate, Switch, Turn
@@ -266,7 +266,8 @@ class ReversibleStack:
         try:
             if self.layerdrop:
                 self.owner.training = False  # the owner's own switch: no layer may be left out, dropout stays as it is
-            with torch.no_grad(), buffers_kept(self.owner), seeded(0, next(self.owner.parameters()).device):
+            device = next(self.owner.parameters()).device
+            with torch.no_grad(), buffers_kept(self.owner), other_generators_kept(), seeded(0, device):
                 call.repeat(copies_of_caches(call.named))
         finally:
             self.owner.training = training

@@ -5,10 +5,12 @@ from __future__ import annotations
 import copy
 import logging
 import pickle
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -517,6 +519,24 @@ def test_hidden_states_read_between_layers(layer: type[Layer], run: Run) -> None
         found = meft_kernels.patch(made_up(layer, run))(ids).last_hidden_state
     # Not to be seen in a step: both engines would hand on the same wrong numbers.
     assert (found - expected).norm() < 0.02 * expected.norm()
+
+
+def test_masks_that_numpy_draws_are_those_of_the_seed() -> None:
+    """As SpecAugment's: the pass that calibrates takes none of NumPy's random numbers, nor of Python's."""
+
+    def masked(model: MadeUp, x: torch.Tensor) -> torch.Tensor:
+        drawn.append((np.random.rand(), random.random()))
+        return in_turn(model, x)
+
+    drawn: list[tuple[float, float]] = []
+    model = meft_kernels.patch(made_up(run=masked))
+    del drawn[:]
+    np.random.seed(3)
+    random.seed(3)
+    model(torch.tensor([[3, 4, 5, 6]]))
+    np.random.seed(3)
+    random.seed(3)
+    assert drawn == [(np.random.rand(), random.random())] * 2
 
 
 class Square(Layer):
