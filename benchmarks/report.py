@@ -14,6 +14,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from benchmarks import picture
 from benchmarks.findings.__main__ import FINDINGS
 from benchmarks.gpu.report import TABLES
 from benchmarks.scaling import SETTINGS
@@ -165,6 +166,45 @@ def scaling(records: list[Record], folder: Path) -> str:
     return "\n\n".join(parts)
 
 
+def estimates(records: list[Record], folder: Path) -> str:
+    """``meft-kernels estimate --json``: a table a model and batch, ours with each of the settings asked for."""
+    tables: dict[str, list[str]] = {}
+    for record in records:
+        what = "{model}, {dtype}, {batch} x {seq:,} tokens".format(**record.settings)
+        lines = tables.setdefault(what, [])
+        for row in record.figures:
+            if row.get("peak") is None:
+                continue
+            title = picture.title_of(row["rival"], record.settings["settings"])
+            sizes = (f"{row[name] / 2**30:.2f}" for name in ("kept", "peak", "host"))
+            line = f"| {' | '.join([title, *sizes])} |"
+            if line not in lines:
+                lines.append(line)
+    head = "| trained | kept, GiB | peak beside weights, GiB | on the host, GiB |\n| --- | --- | --- | --- |"
+    return "\n\n".join(f"### {what}\n\n" + "\n".join([head, *lines]) for what, lines in tables.items())
+
+
+def step_times(records: list[Record], folder: Path) -> str:
+    """``benchmarks.step_time --json``: interleaved steps of one real model."""
+    parts = []
+    for record in records:
+        figures = record.figures
+        lines = [
+            "| trained | step, s | ours / this, time | peak beside weights, MiB | ours / this, peak |",
+            "| --- | --- | --- | --- | --- |",
+        ]
+        for name, median in figures["medians"].items():
+            peak = figures["peak_bytes"][name]
+            share = figures["peak_bytes"]["meft"] / peak
+            name, _, settings = name.partition(":")
+            title = RIVALS[name].title + (f", {settings}" if settings else "")
+            ratio = figures["meft_over"][":".join(filter(None, (name, settings)))]
+            lines.append(f"| {title} | {median:.2f} | {ratio:.2f} | {peak / MIB:.1f} | {share:.2f} |")
+        shape = "{model}, {dtype}, {rows} x {tokens:,} tokens, medians of {rounds} rounds".format(**record.settings)
+        parts += [f"### {shape}", "\n".join(lines)]
+    return "\n\n".join(parts)
+
+
 def loss(records: list[Record], folder: Path) -> str:
     """``benchmarks.loss``: every way beside whole logits."""
     parts = []
@@ -196,6 +236,8 @@ SECTIONS = (
         "Against what people would use instead", "comparison", "meft-kernels bench --out benchmarks/results/comparison",
         comparison,
     ),
+    Section("Memory of large models, estimated", "estimate", "meft-kernels estimate --json", estimates),
+    Section("Steps of a real model in turns", "step_time", "python -m benchmarks.step_time --json", step_times),
     Section("Memory against depth, tokens and width", "scaling", "python -m benchmarks.scaling", scaling),
     Section("The loss without whole logits", "loss", "python -m benchmarks.loss --out benchmarks/results/loss", loss),
     Section("The estimator against measurement", "estimator", "python -m benchmarks.estimator", estimator),
@@ -223,6 +265,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{DOCUMENT.name} is not what the results give: python -m benchmarks.report")
         return 1
     draw(RESULTS)
+    picture.draw(RESULTS, picture.PICTURE)
     made = document(RESULTS)
     DOCUMENT.write_text(made, encoding="utf-8")
     print(f"wrote {DOCUMENT.name}")

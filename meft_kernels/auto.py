@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -39,6 +40,7 @@ class AutoMeftModel:
         *,
         base_model: str | os.PathLike[str] | None = None,
         revision: str | None = None,
+        probe: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> Any:
         """The patched model with its adapter, in eval mode.
@@ -50,6 +52,7 @@ class AutoMeftModel:
             base_model: hub id or folder of the base model, where it is no longer the one that the adapter names. A
                 folder with a single GGUF file is loaded from that, dequantised.
             revision: of the adapter on the hub. That of the base model goes into ``base_model_revision``.
+            probe: a batch to look at a model without a family file with, as for ``load_adapter``.
             **kwargs: for the base model's ``from_pretrained``: ``dtype``, ``device_map``, ``quantization_config``, ...
 
         Returns:
@@ -86,7 +89,7 @@ class AutoMeftModel:
                 f"else, pass base_model= ({error})"
             ) from error
         resize_as_saved(model, description, folder)
-        return load_adapter(model, folder)
+        return load_adapter(model, folder, probe=probe)
 
 
 class AutoMeftModelForCausalLM(AutoMeftModel):

@@ -102,6 +102,11 @@ class MeftConfig:
     modules_to_save: tuple[str, ...] | None = option(
         None, "modules trained and saved whole beside the adapters; None: the task head, if it is a new one"
     )
+    stacks: tuple[str, ...] | None = option(
+        None,
+        "which lists of layers are patched: their names, names of modules around them, or patterns (vision towers, "
+        "only the encoder); None: the language model's, of a model that is all of a kind all",
+    )
     frozen_layers: int = option(0, "layers at the bottom left untouched")
     reversible_layers: int | None = option(
         None, "how many of the patched layers drop their activations, from the bottom; the rest keep them"
@@ -140,13 +145,10 @@ class MeftConfig:
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}; got {getattr(self, name)!r}")
-        if isinstance(self.modules_to_save, str):
-            raise ValueError(f"modules_to_save is a tuple of names; for one write ({self.modules_to_save!r},)")
-        if isinstance(self.modules_to_save, list):  # from JSON
-            object.__setattr__(self, "modules_to_save", tuple(self.modules_to_save))
-        names = () if self.modules_to_save is None else self.modules_to_save
-        if not isinstance(names, tuple) or not all(isinstance(name, str) and name for name in names):
-            raise ValueError(f"modules_to_save is a tuple of modules' names, not {self.modules_to_save!r}")
+        self._check_names("modules_to_save")
+        self._check_names("stacks")
+        if self.stacks == ():
+            raise ValueError("stacks names what is to be patched: () would be nothing")
         if not isinstance(self.activation, str | None):
             raise ValueError(f"activation is the name of one, not {self.activation!r}")
         self._check_integer("rank", 1)
@@ -185,6 +187,16 @@ class MeftConfig:
                     reciprocal(coefficient)
                 except ValueError as error:
                     raise ValueError(f"{name}: {error}") from None
+
+    def _check_names(self, setting: str) -> None:
+        value = getattr(self, setting)
+        if isinstance(value, str):
+            raise ValueError(f"{setting} is a tuple of names; for one write ({value!r},)")
+        if isinstance(value, list):  # from JSON
+            object.__setattr__(self, setting, value := tuple(value))
+        names = () if value is None else value
+        if not isinstance(names, tuple) or not all(isinstance(name, str) and name for name in names):
+            raise ValueError(f"{setting} is a tuple of modules' names, not {value!r}")
 
     def _check_integer(self, name: str, least: int) -> None:
         value = getattr(self, name)

@@ -21,8 +21,9 @@ class StackDescription:
     """One list of layers."""
 
     name: str
-    """Qualified name of the list in the model."""
+    """Qualified name of the list in the model; of one of several runs through it, with its layers, as a slice."""
     layers: int
+    """Frozen ones, and calls of patched ones in a pass: as many as there are, where none is called several times."""
     frozen_layers: int
     reversible_layers: int
     fraction_bits: int | None
@@ -32,6 +33,14 @@ class StackDescription:
     bytes_per_token_and_layer: float
     bytes_per_token: float
     """All reversible layers' remainders and the two streams; not the activations of the other layers."""
+
+    shared: int | None = None
+    """How many patched layers there are, where a pass calls them several times."""
+
+    @property
+    def shared_by(self) -> str:
+        """Who the layers are, where one is called several times."""
+        return "" if self.shared is None else f" (calls of {self.shared} shared)"
 
     @property
     def plain_layers(self) -> int:
@@ -81,7 +90,8 @@ class Description:
             rows += [
                 (
                     stack.name,
-                    f"{stack.layers} layers: {stack.frozen_layers} frozen, {stack.reversible_layers} reversible{fixed}",
+                    f"{stack.layers} layers{stack.shared_by}: {stack.frozen_layers} frozen, "
+                    f"{stack.reversible_layers} reversible{fixed}",
                 ),
                 (
                     "  kept per layer",
@@ -134,14 +144,15 @@ def _describe_stack(stack: ReversibleStack, itemsize: int) -> StackDescription:
     per_layer = -(-stack.hidden_size // 8) * bits
     streams = 2 * stack.hidden_size * (4 if exact else itemsize)
     return StackDescription(
-        name=stack.name,
-        layers=stack.first + len(stack.layers),
-        frozen_layers=stack.first,
+        name=stack.label,
+        layers=stack.frozen + len(stack.order),
+        frozen_layers=stack.frozen,
         reversible_layers=reversible,
         fraction_bits=stack.arithmetic.fraction_bits if stack.arithmetic is not None else None,
         bits_per_element=bits,
         bytes_per_token_and_layer=per_layer,
         bytes_per_token=per_layer * reversible + streams,
+        shared=len(stack.layers) if len(stack.layers) < len(stack.order) else None,
     )
 
 

@@ -9,14 +9,14 @@ from torch import nn
 from transformers.activations import ACT2FN
 
 from .adapters import Adapter
-from .architectures import ArchitectureSpec
+from .architectures import ArchitectureSpec, LayerSpec
 from .config import MeftConfig
+from .layer_lists import fitting
 from .ops.coupling.api import FLOATS
-from .targets import fitting
 
 
 def make_adapters(
-    layer: nn.Module, hidden_size: int, model: Any, spec: ArchitectureSpec, config: MeftConfig
+    layer: nn.Module, kind: LayerSpec, hidden_size: int, model: Any, spec: ArchitectureSpec, config: MeftConfig
 ) -> dict[str, Adapter]:
     """One layer's adapters: ``ffn`` parallel to its FFN, ``stream`` for the other branch. None of them is inserted yet.
 
@@ -29,8 +29,8 @@ def make_adapters(
     weight = next(parameter for parameter in layer.parameters())
     dtype = weight.dtype if weight.dtype in FLOATS else getattr(model, "dtype", torch.float32)  # packed otherwise
     with fitting(model):
-        activation = config.activation or spec.activation(model.config)
-        dropout = spec.dropout(model.config) if config.dropout is None else config.dropout
+        activation = config.activation or (kind.activation or spec.activation)(model.config)
+        dropout = (kind.dropout or spec.dropout)(model.config) if config.dropout is None else config.dropout
     if activation not in ACT2FN:
         raise ValueError(f"activation {activation!r} is none of {', '.join(sorted(ACT2FN))}")
     return {

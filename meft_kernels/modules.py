@@ -6,6 +6,8 @@ millisecond and more a step for a model of twelve layers, in which a GPU can hav
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
 
@@ -29,3 +31,12 @@ def parameters_of(module: nn.Module) -> list[nn.Parameter]:
             if parameter is not None:
                 found[id(parameter)] = parameter
     return list(found.values())
+
+
+def owner_of(model: Any, name: str) -> nn.Module:
+    """The nearest transformers model around a module (BertModel, not BertEncoder): the user calls that."""
+    parents = [
+        name.rsplit(".", depth)[0] if depth <= name.count(".") else "" for depth in range(1, name.count(".") + 2)
+    ]
+    owners = [model.get_submodule(parent) for parent in parents]
+    return next((owner for owner in owners if hasattr(owner, "config") and hasattr(owner, "base_model_prefix")), model)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
 import torch
 from torch import nn
 
 from .adapters import Adapter, FfnTap
+from .architectures.found import FoundArchitecture, FoundLayers
 from .checkpoint.binding import LoadingBinding, SavingBinding
 from .config import MeftConfig
 from .engine.layer import ADAPTERS, PatchedLayer
@@ -20,6 +21,7 @@ from .engine.stack_state import StackState
 from .engine.threads import Gate
 from .errors import PatchError
 from .insertion import make_adapters
+from .layer_lists import LayerList, Run, find_layers, is_peft
 from .loss.binding import LossBinding, head_for
 from .rollback import all_or_nothing
 from .state import (
@@ -33,7 +35,7 @@ from .state import (
     require_state,
     unwrap,
 )
-from .targets import LayerList, Trust, check_trainable, find_layers, find_spec, is_peft, modules_to_train, parts_named
+from .targets import Trust, check_trainable, find_spec, modules_to_train, parts_named
 from .trainer_bindings import CheckpointingBinding, QuantisedBinding
 
 if TYPE_CHECKING:
@@ -84,6 +86,32 @@ def patch(
         ValueError: a setting is out of range. Nothing has been changed when an error is raised.
         TypeError: a setting does not exist, or this is no model.
     """
+    return patch_as_saved(
+        model,
+        config,
+        (),
+        memory=memory,
+        batch=batch,
+        allow_coefficient=allow_coefficient,
+        trust=trust,
+        probe=probe,
+        **overrides,
+    )
+
+
+def patch_as_saved(
+    model: Model,
+    config: MeftConfig | None,
+    saved: Sequence[FoundLayers],
+    *,
+    memory: int | str | None = None,
+    batch: tuple[int, int] | None = None,
+    allow_coefficient: bool = False,
+    trust: Trust = "found",
+    probe: Mapping[str, Any] | None = None,
+    **overrides: Any,
+) -> Model:
+    """:func:`patch`, which explains the arguments; without a family file, held to what was ``saved`` of the model."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"patch takes a model, as from_pretrained gives it, not a {type(model).__name__}")
     if not isinstance(config, MeftConfig | None):
@@ -99,17 +127,18 @@ def patch(
         check_same_settings(state.config, config)
         return model
     base = unwrap(model)
-    spec = find_spec(base, config, trust, probe)
-    lists = find_layers(base, spec)
+    spec = find_spec(base, config, trust, probe, saved)
+    lists = find_layers(base, spec, config.stacks)
     check_trainable(base, lists, config)
     for target in lists:
         if any(isinstance(vars(layer).get("forward"), PatchedLayer) for layer in target.layers):
             raise PatchError(f"layers of {target.name} are already patched as part of another model")
     adapters = [
-        [
-            make_adapters(layer, target.hidden_size, base, spec, config)
-            for layer in target.layers[config.frozen_layers :]
-        ]
+        {
+            index: make_adapters(layer, target.spec, target.hidden_size, base, spec, config)
+            for index, layer in enumerate(target.layers)
+            if index >= config.frozen_layers
+        }
         for target in lists
     ]
     trained = modules_to_train(base, lists, spec, config)
@@ -118,6 +147,7 @@ def patch(
     with all_or_nothing(model):
         state = _change(model, base, lists, adapters, trained, head, config)
         state.plan = budget
+        state.found = spec if isinstance(spec, FoundArchitecture) else None
         _report(base, state)
     return model
 
@@ -126,7 +156,7 @@ def _change(
     model: nn.Module,
     base: nn.Module,
     lists: list[LayerList],
-    adapters: list[list[dict[str, Adapter]]],
+    adapters: list[dict[int, dict[str, Adapter]]],
     trained: tuple[str, ...],
     head: nn.Module | None,
     config: MeftConfig,
@@ -139,7 +169,11 @@ def _change(
     for part in parts_named(base, trained):
         part.requires_grad_(True)
     gate = Gate()
-    stacks = [_bind(target, made, config, gate) for target, made in zip(lists, adapters, strict=True)]
+    stacks = [
+        _bind(target, run, made, config, gate)
+        for target, made in zip(lists, adapters, strict=True)
+        for run in target.runs(config.frozen_layers)
+    ]
     state = PatchState(config, stacks, trained, required_grad)
     state.bindings += [CheckpointingBinding(base, stacks), LoadingBinding(base)]
     if config.adapters == "all":
@@ -193,7 +227,7 @@ def _planned(
     check_budget(memory, batch)
     base = unwrap(model)
     settings = (config or MeftConfig()).changed(**overrides)
-    check_trainable(base, find_layers(base, find_spec(base, settings)), settings)
+    check_trainable(base, find_layers(base, find_spec(base, settings), settings.stacks), settings)
     return plan(model, config, memory=memory, batch=batch, allow_coefficient=allow_coefficient, **overrides)
 
 
@@ -261,7 +295,7 @@ def _warn_of_drift(stack: ReversibleStack) -> None:
             "meft_kernels: float streams of %s: undoing %d layers amplifies the rounding of %s to about 10^%.0f of the "
             "hidden states, so the gradients of the lower layers will be wrong. Use arithmetic='exact', or at most "
             "reversible_layers=%d.",
-            stack.name,
+            stack.label,
             layers,
             str(dtype).removeprefix("torch."),
             error,
@@ -269,16 +303,21 @@ def _warn_of_drift(stack: ReversibleStack) -> None:
         )
 
 
-def _bind(target: LayerList, adapters: list[dict[str, Adapter]], config: MeftConfig, gate: Gate) -> ReversibleStack:
-    stack = ReversibleStack(target, config, gate)
-    for index, made in enumerate(adapters, config.frozen_layers):
-        layer = target.layers[index]
+def _bind(
+    target: LayerList, run: Run, adapters: dict[int, dict[str, Adapter]], config: MeftConfig, gate: Gate
+) -> ReversibleStack:
+    """One run through a list, its layers' adapters inserted."""
+    stack = ReversibleStack(target, run, config, gate)
+    layers: list[PatchedLayer] = []
+    for index in dict.fromkeys(run.calls):
+        layer, made = target.layers[index], adapters[index]
         inside: dict[str, nn.Module] = {**made}
-        if not stack.layers:
+        if not layers:
             inside["state"] = StackState(stack)
         if inside:
             layer.add_module(ADAPTERS, nn.ModuleDict(inside).train(layer.training))
         patched = PatchedLayer(stack, layer, index, made.get("stream"), FfnTap(made["ffn"], stack) if made else None)
         patched.bind()
-        stack.layers.append(patched)
+        layers.append(patched)
+    stack.hold(layers)
     return stack

@@ -12,6 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .adapters import Adapter
+from .architectures.found import FoundArchitecture
 from .config import MeftConfig
 from .engine.arithmetic import Arithmetic
 from .engine.layer import ADAPTERS
@@ -75,6 +76,8 @@ class PatchState:
     brought: tuple[str, ...] = ()
     """Frozen tensors that came from an adapter's folder (rows of a resized vocabulary), by name: the model's, and saved
     with its adapters again."""
+    found: FoundArchitecture | None = None
+    """What was found of a model without a family file."""
     plan: Plan | None = None
     """How the settings were chosen, where a budget was given."""
 

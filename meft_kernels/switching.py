@@ -73,9 +73,9 @@ def add_slot(model: nn.Module, adapter_name: str, config: MeftConfig) -> None:
     if config.adapters == "none":
         raise PatchError("the model was patched with adapters='none' and has no place for one")
     _check_may_switch(model, state)
-    spec = find_spec(base, config)
+    spec = state.found or find_spec(base, config)  # of a patched model nothing could be found
     layers = [
-        [make_adapters(layer.module, stack.hidden_size, base, spec, config) for layer in stack.layers]
+        [make_adapters(layer.module, stack.spec, stack.hidden_size, base, spec, config) for layer in stack.layers]
         for stack in state.stacks
     ]
     with all_or_nothing(base, state.parts()):

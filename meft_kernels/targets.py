@@ -1,4 +1,4 @@
-"""What of a model is to be patched, and what cannot be: its family, its lists of layers, its new heads.
+"""What of a model is to be patched, and what cannot be: its family, its layers, its new heads.
 
 Everything here looks and refuses; nothing is changed.
 """
@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -17,41 +15,24 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-from .architectures import ArchitectureSpec, LayerSpec, find_architecture, supported_model_types
-from .architectures.found import find
+from .architectures import ArchitectureSpec, find_architecture, supported_model_types
+from .architectures.found import FoundLayers, find
 from .config import MeftConfig
 from .errors import UnsupportedModelError
+from .layer_lists import LayerList, fitting, is_peft
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class LayerList:
-    """One list of a family's layers in a model, with what the family's spec says of them."""
-
-    owner: nn.Module
-    """The model whose forward loops over it."""
-    name: str
-    """Qualified name."""
-    layers: list[nn.Module]
-    family: str
-    """The name under which the spec is registered."""
-    kind: int
-    """Which of the spec's kinds of layers they are."""
-    spec: LayerSpec
-    hidden_size: int
-    layerdrop: bool
-    post_norm: bool
-    in_turn: bool
-    under_peft: bool
-    """Whether PEFT had been put on the model before."""
 
 
 Trust = Literal["found", "written"]
 
 
 def find_spec(
-    model: nn.Module, config: MeftConfig, trust: Trust = "found", probe: Mapping[str, Any] | None = None
+    model: nn.Module,
+    config: MeftConfig,
+    trust: Trust = "found",
+    probe: Mapping[str, Any] | None = None,
+    saved: Sequence[FoundLayers] = (),
 ) -> ArchitectureSpec:
     """The spec of the model's family; where nobody wrote one, what is found of the model and proven on it.
 
@@ -60,14 +41,16 @@ def find_spec(
         config: settings.
         trust: ``"written"`` for families with a file alone.
         probe: a batch to look at the model with, where there is none.
+        saved: what was found when an adapter was saved, to which the model is then held.
 
     Raises:
         UnsupportedModelError: there is none, or it objects to this model with these settings.
+        ValueError: the model has no list of layers of a name in ``stacks``.
     """
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     spec = find_architecture(model_type) if model_type else None
     if spec is None and trust == "found" and model_type and isinstance(model, PreTrainedModel):
-        found = find(model, frozen_layers=config.frozen_layers, batch=probe)
+        found = find(model, frozen_layers=config.frozen_layers, batch=probe, wanted=config.stacks, saved=saved)
         logger.info("%s", found.line)
         spec = found
     if spec is not None and not isinstance(model, PreTrainedModel):
@@ -120,65 +103,6 @@ def _path(name: str) -> str:
     return "".join(f"[{part}]" if part.isdecimal() else f".{part}" for part in name.split("."))
 
 
-@contextmanager
-def fitting(model: Any) -> Iterator[None]:
-    """A spec's callables are users' code, too: what they raise tells that the spec is not this model's."""
-    try:
-        yield
-    except Exception as error:
-        raise UnsupportedModelError(
-            f"the ArchitectureSpec of {model.config.model_type!r} does not fit {type(model).__name__}: "
-            f"{type(error).__name__}: {error}"
-        ) from error
-
-
-def find_layers(model: nn.Module, spec: ArchitectureSpec) -> list[LayerList]:
-    """Every list of the family's layers in the model.
-
-    Raises:
-        UnsupportedModelError: there is none, or the spec does not fit its layers.
-    """
-    found = []
-    for name, module in model.named_modules():
-        if not isinstance(module, nn.ModuleList) or not len(module):
-            continue
-        kind = next((i for i, kind in enumerate(spec.layers) if kind.serves(name, module)), None)
-        if kind is not None:
-            found.append(_describe(model, name, list(module), spec, kind))
-    if not found:
-        names = [name for kind in spec.layers for name in kind.class_names]
-        raise UnsupportedModelError(f"{type(model).__name__} holds no list of layers named {' or '.join(names)}")
-    return found
-
-
-def _describe(model: Any, name: str, layers: list[nn.Module], spec: ArchitectureSpec, kind: int) -> LayerList:
-    parents = [
-        name.rsplit(".", depth)[0] if depth <= name.count(".") else "" for depth in range(1, name.count(".") + 2)
-    ]
-    owners = [model.get_submodule(parent) for parent in parents]
-    # The nearest transformers model (BertModel, not BertEncoder): its call has the user's own arguments.
-    owner = next((owner for owner in owners if hasattr(owner, "config") and hasattr(owner, "base_model_prefix")), model)
-    layer_spec = spec.layers[kind]
-    with fitting(model):
-        for layer in layers:
-            for tap in (layer_spec.ffn_reads(layer), layer_spec.ffn_writes(layer)):
-                if not isinstance(tap, nn.Module):
-                    raise TypeError(f"ffn_reads and ffn_writes must give modules, not {type(tap).__name__}")
-        return LayerList(
-            owner=owner,
-            name=name,
-            layers=layers,
-            family=model.config.model_type,
-            kind=kind,
-            spec=layer_spec,
-            hidden_size=(layer_spec.hidden_size or spec.hidden_size)(model.config),
-            layerdrop=layer_spec.layerdrop(model.config) > 0,
-            post_norm=layer_spec.post_norm(model.config),
-            in_turn=layer_spec.in_turn(model.config),
-            under_peft=is_peft(model),
-        )
-
-
 def check_trainable(model: nn.Module, lists: list[LayerList], config: MeftConfig) -> None:
     """Refuse, before anything is changed, what could not train."""
     quantizer = getattr(model, "hf_quantizer", None)
@@ -219,9 +143,15 @@ def check_trainable(model: nn.Module, lists: list[LayerList], config: MeftConfig
             )
         if len(set(map(id, layers))) < len(layers):
             raise UnsupportedModelError(f"{name} holds the same layer more than once: shared layers are not supported")
-        patched = len(layers) - config.frozen_layers
-        if patched < 1:
+        if len(layers) <= config.frozen_layers:
             raise ValueError(f"frozen_layers={config.frozen_layers} leaves none of the {len(layers)} layers of {name}")
+        frozen = [index < config.frozen_layers for index in target.calls]
+        if frozen != sorted(frozen, reverse=True):
+            raise ValueError(
+                f"frozen_layers={config.frozen_layers}: the layers of {name} are called several times in a pass, those "
+                "at the bottom also above others, so that none can be left out"
+            )
+        patched = frozen.count(False)
         if config.reversible_layers is not None and config.reversible_layers > patched:
             raise ValueError(
                 f"reversible_layers={config.reversible_layers}, but {name} has {patched} layers above the "
@@ -243,14 +173,6 @@ def refuse_partitioned(layer: nn.Module, name: str) -> None:
             f"the weights of {name} are partitioned by DeepSpeed ZeRO-3, which is not supported: shard the model with "
             "FSDP2 (patch, then fully_shard), or take a ZeRO stage below 3, which leaves weights whole"
         )
-
-
-def is_peft(model: Any) -> bool:
-    """Whether PEFT has decided what trains: it has frozen all but its own weights, and the heads it was told to train.
-
-    Somebody who wrapped the model in it wants that kept.
-    """
-    return hasattr(model, "peft_config")
 
 
 def modules_to_train(

@@ -49,7 +49,7 @@ class LeaveOutReversible:
                     found = True
         if not found:
             return
-        kept = sum(stack.first + len(stack.layers) - stack.reversible_end for stack in self._stacks)
+        kept = sum(stack.end - stack.reversible_end for stack in self._stacks)
         if kept:
             logger.warning(
                 "meft_kernels: gradient checkpointing is left off in all patched layers, and %d of them keep their "

@@ -14,8 +14,8 @@ from torch import nn
 
 from .engine.layer import ADAPTERS
 from .errors import PatchError
+from .layer_lists import is_peft
 from .state import PatchState
-from .targets import is_peft
 
 
 def unfrozen(base: Any, state: PatchState) -> dict[str, nn.Parameter]:

@@ -164,9 +164,9 @@ def verify(model: nn.Module, batch: Batch) -> VerifyReport:
         with _engine(state, "autograd"):
             reference_loss, reference = _gradients(base, batch)
     mismatches = [
-        stack.layers[index - stack.first].name
+        stack.name_of(place)
         for stack, recorder in zip(state.stacks, recorders, strict=True)
-        for index, equal in recorder.equal.items()
+        for place, equal in recorder.equal.items()
         if not equal
     ]
     checked = sum(len(recorder.equal) for recorder in recorders)
@@ -187,7 +187,7 @@ def verify(model: nn.Module, batch: Batch) -> VerifyReport:
         start_loss=start_loss,
         base_loss=base_loss,
         layers=checked,
-        other_layers=sum(len(stack.layers) for stack in state.stacks) - checked,
+        other_layers=sum(len(stack.order) for stack in state.stacks) - checked,
         fraction_bits=fraction_bits_of(state),
         repeats=loss == reference_loss,
         blocks_match=blocks_match,

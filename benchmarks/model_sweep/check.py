@@ -144,7 +144,7 @@ def check(model: Any, batch: dict[str, Any], variant: Any, probe: dict[str, Any]
         loss, found = _step(model, batch)
         with _autograd(state):
             reference_loss, reference = _step(model, batch)
-        of = sum(len(stack.layers) for stack in state.stacks)
+        of = sum(len(stack.order) for stack in state.stacks)
     finally:
         meft_kernels.unpatch(model.eval())
         with torch.no_grad():

@@ -90,6 +90,8 @@ _QWEN4 = {
     "make_ngram_vocab_size_divisible_by": 4, "split_ngram_parts": 2,
 }  # fmt: skip
 _DIFFUSION = {"num_global_key_value_heads": 2, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 16}
+# Two layers of four have states of images injected above them.
+_DEEPSTACK = {"text_config": {"num_hidden_layers": 4}, "vision_config": {"deepstack_visual_indexes": [0, 1]}}
 _SHARING = ["sliding_attention", "full_attention"] * 2
 _ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 _RESNET = {"model_type": "resnet", "embedding_size": 8, "hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 1, 1]}
@@ -125,6 +127,9 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
         "ffn_config": {"ffn_hidden_size": 64, "moe_num_experts": 4, "moe_top_k": 2},
     },
+    "qwen3_vl": _DEEPSTACK,
+    "qwen3_vl_moe": _DEEPSTACK,
+    "cosmos3_omni": _DEEPSTACK,
     "gemma3n_text": {"num_hidden_layers": 4, "num_kv_shared_layers": 2, "layer_types": _SHARING},
     "gemma4_text": {"num_hidden_layers": 4, "num_kv_shared_layers": 2, "layer_types": _SHARING},
     "gemma4": {"text_config": {"num_hidden_layers": 4, "num_kv_shared_layers": 2, "layer_types": _SHARING}},

@@ -224,7 +224,7 @@ RECOMPUTES = (
     Mutation(
         "all layers draw the same random numbers",
         "engine/branch.py",
-        "base + 2 * self.call.layer.index",
+        "base + 2 * self.call.place",
         "base",
         ("test_random_numbers.py",),
     ),
@@ -258,7 +258,7 @@ RECOMPUTES = (
     ),
     Mutation(
         "calibration fills the user's KV cache",
-        "engine/stack.py",
+        "engine/calibration.py",
         "call.repeat(copies_of_caches(call.named))",
         "call.repeat({})",
         ("test_verify.py",),
@@ -421,16 +421,36 @@ REFUSALS = (
     Mutation(
         "a filled KV cache is taken in training",
         "engine/refusals.py",
-        "if length is None or int(length(index)) > 0:",
-        "if False:",
+        "return length is None or int(length(index)) > 0",
+        "return False",
         ("test_bad_input.py", "-k", "filled_cache"),
+    ),
+    Mutation(
+        "streams go on where states are injected",
+        "layer_lists.py",
+        "ends = [0, *self.begins, len(self.calls)]",
+        "ends = [0, len(self.calls)]",
+        ("architectures/test_structures.py", "-k", "exact and runs"),
+    ),
+    Mutation(
+        "a shared layer draws the same random numbers in all its calls",
+        "engine/branch.py",
+        "base + 2 * self.call.place",
+        "base + 2 * self.call.layer.index",
+        ("architectures/test_structures.py", "-k", "random_numbers"),
+    ),
+    Mutation(
+        "another model than the saved one is patched",
+        "architectures/found/saved.py",
+        "if here != there:",
+        "if False:",
+        ("architectures/test_structures.py", "-k", "another_model_than"),
     ),
     Mutation(
         "layers may be called out of order",
         "engine/passes.py",
-        "if current is None or not (layer.index == current.next_index or (drops and "
-        "layer.index > current.next_index)):",
-        "if current is None:",
+        "if due is not layer:",
+        "if False:",
         ("test_bad_input.py", "-k", "out_of_order"),
     ),
     Mutation(

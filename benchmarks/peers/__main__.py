@@ -126,7 +126,7 @@ def _document(peers: dict[str, dict[str, Any]]) -> str:
     lines = [
         "# Peers' own tests on patched models",
         "",
-        "`python -m benchmarks.peers`; every test by name is in [peers/](peers). The last two columns: of the tests",
+        "`python -m benchmarks.peers`; every test by name is in `peers/`. The last two columns: of the tests",
         'that pass patched (`adapters="none"`), in how many a model was, and in how many a backward pass rebuilt every',
         "stream and compared it with the forward's (in eval mode with a KV cache, which many tests use, activations",
         "are kept).",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from ..config import MeftConfig
 from ..engine.layer import ADAPTERS
 from ..errors import AdapterFileError, PatchError
-from ..patching import Model, check_same_settings, patch
+from ..patching import Model, check_same_settings, patch_as_saved
 from ..rollback import all_or_nothing
 from ..state import DEFAULT_ADAPTER, PatchState, find_state, require_state, unwrap
 from ..switching import ADAPTER_SETTINGS, activated, add_slot
@@ -23,6 +24,7 @@ from .base_model import are_checksums, check_base, is_fingerprint
 from .files import CONFIG_NAME, FORMAT, WEIGHTS_NAME, is_extra_state, read_json, read_shapes, read_tensors, saved_names
 from .names import plain_name
 from .parts import are_parts, are_tied, check_tied
+from .structure import check_structure, found_layers, is_structure
 from .vocabulary import embedding_rows
 
 _DOWN = f".{ADAPTERS}.ffn.down.weight"
@@ -45,7 +47,13 @@ _START_SETTINGS = ("down_init_std", "up_init_std")
 """Settings without effect once weights are loaded."""
 
 
-def load_adapter(model: Model, directory: str | os.PathLike[str], adapter_name: str | None = None) -> Model:
+def load_adapter(
+    model: Model,
+    directory: str | os.PathLike[str],
+    adapter_name: str | None = None,
+    *,
+    probe: Mapping[str, Any] | None = None,
+) -> Model:
     """Read what :func:`~meft_kernels.save_adapter` wrote into a model of the same base; patch it if it is not patched.
 
     Strict: base model, settings, names and shapes must agree, or nothing is changed. Parameters that were trained
@@ -59,6 +67,8 @@ def load_adapter(model: Model, directory: str | os.PathLike[str], adapter_name: 
         adapter_name: the adapter to load into; the active one by default. One that the model does not have is added
             beside the others, and becomes active only with :func:`~meft_kernels.set_adapter`. It may have another rank,
             activation or dropout than they have.
+        probe: a batch, keyword arguments of the model's forward, to look at a model without a family file with. None is
+            needed: what was found of it is in the folder, and what made-up inputs show is held to that.
 
     Returns:
         The same object.
@@ -81,7 +91,7 @@ def load_adapter(model: Model, directory: str | os.PathLike[str], adapter_name: 
     state = find_state(model)
     with all_or_nothing(model, () if state is None else state.parts()) as changes:
         if state is None:
-            _patch_as_saved(model, folder, config)
+            _patch_as_saved(model, folder, config, description, probe)
             state = require_state(model)
             state.active = adapter_name or DEFAULT_ADAPTER
             _load_weights(base, state, folder, description, changes)
@@ -100,11 +110,14 @@ def load_adapter(model: Model, directory: str | os.PathLike[str], adapter_name: 
         return model
 
 
-def _patch_as_saved(model: nn.Module, folder: Path, config: MeftConfig) -> None:
+def _patch_as_saved(
+    model: nn.Module, folder: Path, config: MeftConfig, description: dict[str, Any], probe: Mapping[str, Any] | None
+) -> None:
     """How this process runs the model is its own business: Triton's adapters load without Triton."""
     here = MeftConfig(variant=config.variant, coupling=config.coupling, arithmetic=config.arithmetic)
     try:
-        patch(model, _with_own(config, here, _RUN_SETTINGS))
+        found = found_layers(description.get("structure"))
+        patch_as_saved(model, _with_own(config, here, _RUN_SETTINGS), found, probe=probe)
     except ValueError as error:
         raise AdapterFileError(f"{folder / CONFIG_NAME}: {error}") from error
 
@@ -136,7 +149,8 @@ def read_description(folder: Path) -> dict[str, Any]:
         and isinstance(labels.get("problem_type"), str | None)
     ):
         raise AdapterFileError(f"{path} has no valid 'labels'")
-    for name, is_valid in (("parts", are_parts), ("tied", are_tied), ("base_checksums", are_checksums)):
+    checks = {"parts": are_parts, "tied": are_tied, "base_checksums": are_checksums, "structure": is_structure}
+    for name, is_valid in checks.items():
         if not is_valid(description.get(name)):
             raise AdapterFileError(f"{path} has no valid {name!r}")
     return description
@@ -166,6 +180,7 @@ def _with_own(config: MeftConfig, here: MeftConfig, own: tuple[str, ...]) -> Mef
 def _load_weights(
     base: nn.Module, state: PatchState, folder: Path, description: dict[str, Any], changes: all_or_nothing
 ) -> None:
+    check_structure(folder / CONFIG_NAME, description.get("structure"), state)
     path = folder / WEIGHTS_NAME
     found = read_tensors(path)
     parts = description.get("parts") or {}

@@ -23,6 +23,7 @@ from .base_model import checksums, describe_base, describe_labels, fingerprint, 
 from .card import model_card
 from .files import CARD_NAME, CONFIG_NAME, FORMAT, WEIGHTS_NAME, brought_names, is_extra_state, saved_names, write_whole
 from .parts import parts, tied
+from .structure import structure_of
 
 logger = logging.getLogger(__name__)
 
@@ -78,6 +79,7 @@ def save_adapter(
             **describe_base(base),
             # With the coefficients that the config left to this version's defaults.
             "config": dataclasses.replace(state.config, lam=lam, beta=beta).to_dict(),
+            "structure": structure_of(state),
             "labels": describe_labels(base),
             "parts": parts(base, state, names),
             "tied": tied(base, names),

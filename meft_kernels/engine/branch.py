@@ -45,7 +45,7 @@ class LaneBranch:
         base = self.call.tape.seed
         if base is None:
             return None
-        return base + 2 * self.call.layer.index + (self.lane.name == "G") + (kind << 60) + (number << 40)
+        return base + 2 * self.call.place + (self.lane.name == "G") + (kind << 60) + (number << 40)
 
     def whole(self, x: torch.Tensor) -> tuple[torch.Tensor, tuple[Any, ...] | None]:
         call = self.call

@@ -4,14 +4,25 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import torch
+from torch import nn
 
+from ..config import MeftConfig
 from ..errors import ReversibleUsageError
 from ..ops import INT_LIMIT, Coupled
+from .arguments import copies_of_caches
 from .arithmetic import Arithmetic
+from .passes import Passes, Way
+from .replay import other_generators_kept, seeded
+from .surroundings import buffers_kept
+
+if TYPE_CHECKING:
+    from .owner import OwnerCall
 
 logger = logging.getLogger(__name__)
 
@@ -34,9 +45,12 @@ class Probe(Arithmetic):
     rms: list[torch.Tensor] = field(default_factory=list)
     """Of every stream, the smallest of any token: one large token would hide all others in the RMS of them together."""
     fuses: ClassVar[bool] = False
+    entered: list[torch.Size] = field(default_factory=list)
+    """Shapes of the hidden states with which passes have begun."""
 
     def enter(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         stream, status = super().enter(hidden_states.float())
+        self.entered.append(hidden_states.shape)
         self._note(stream)
         return stream, status
 
@@ -86,3 +100,67 @@ class Probe(Arithmetic):
                 "meft_kernels: %s: fraction_bits=%d, largest %.4g, smallest rms %.3g", name, bits, largest, rms
             )
         return bits
+
+
+class Uncalibrated(Protocol):
+    """What is needed of a stack of layers that may have no ``fraction_bits`` yet."""
+
+    label: str
+    config: MeftConfig
+    owner: nn.Module
+    layerdrop: bool
+    arithmetic: Arithmetic | None
+    max_bits: int | None
+    passes: Passes
+    passed_by: set[frozenset[str]]
+    """Names of arguments with which calls of the model do not go through it."""
+
+
+def calibrate(stacks: Sequence[Uncalibrated], call: OwnerCall, turn: AbstractContextManager[Any]) -> None:
+    """Choose ``fraction_bits`` of a model's stacks that have none, from one forward in float32 streams without a trace.
+
+    A stack through which this call does not go has none afterwards, and is not tried again in calls with the same
+    arguments: texts alone, where it is for images.
+
+    Args:
+        stacks: all those that the model's own forward goes through.
+        call: of the model.
+        turn: held meanwhile: where several threads come to it at once, the first one's choice is everybody's.
+
+    Raises:
+        NonFiniteError: the model gives NaN or infinities on these inputs; names the layer.
+        ReversibleUsageError: the batch is empty.
+    """
+    given = frozenset(name for name, value in call.named.items() if value is not None)
+
+    def is_due(stack: Uncalibrated) -> bool:
+        return stack.arithmetic is None and given not in stack.passed_by
+
+    if not any(map(is_due, stacks)):
+        return
+    with turn:
+        probes = [(stack, Probe(impl=stack.config.impl)) for stack in stacks if is_due(stack)]
+        if not probes:
+            return
+        owner = stacks[0].owner
+        training = owner.training
+        ways = [(stack, Way(stack.arithmetic)) for stack in stacks if stack.arithmetic is not None]
+        ways += [(stack, Way(probe)) for stack, probe in probes]
+        for stack, way in ways:
+            stack.passes.begin(way)
+        try:
+            if any(stack.layerdrop for stack in stacks):
+                owner.training = False  # the owner's own switch: no layer may be left out, dropout stays as it is
+            device = next(owner.parameters()).device
+            with torch.no_grad(), buffers_kept(owner), other_generators_kept(), seeded(0, device):
+                call.repeat(copies_of_caches(call.named))
+        finally:
+            owner.training = training
+            for stack, _ in ways:
+                stack.passes.end()
+        for stack, probe in probes:
+            if not probe.entered:
+                stack.passed_by.add(given)
+            else:
+                at_most = MAX_CALIBRATED_BITS if stack.max_bits is None else min(stack.max_bits, MAX_CALIBRATED_BITS)
+                stack.arithmetic = Arithmetic(probe.fraction_bits_for(at_most, stack.label), stack.config.impl)

@@ -28,7 +28,6 @@ Gradients = list[torch.Tensor | None]
 class Layer(Protocol):
     """What the engine needs of a patched layer."""
 
-    index: int
     name: str
     module: nn.Module
 
@@ -76,6 +75,7 @@ class Call:
     Attributes:
         layer: whose call.
         tape: of the pass.
+        place: of the call among those of its stack; the layer's index, where each is called once.
         kwargs: the call's arguments beside the hidden states, by name.
         found: what the call found in its module; None where no gradients are recorded, or autograd itself does it.
         inputs: tensors besides the streams that need a gradient: parameters, and leaves that stand in ``kwargs`` for
@@ -86,6 +86,7 @@ class Call:
 
     layer: Layer
     tape: Tape
+    place: int
     kwargs: dict[str, Any]
     found: Surroundings | None = None
     inputs: list[torch.Tensor] = field(init=False)

@@ -26,10 +26,10 @@ Streams = tuple[torch.Tensor, torch.Tensor]
 
 
 class _Recorded(threading.local):
-    """The streams between two layers, by their stack."""
+    """By their stack, the streams between two of its calls and the place of the next one."""
 
     def __init__(self) -> None:
-        self.streams: dict[int, Streams] = {}
+        self.streams: dict[int, tuple[int, Streams]] = {}
 
 
 _recorded = _Recorded()
@@ -49,13 +49,12 @@ def record(
         ReversibleUsageError: the layers below were left out.
     """
     stack, dtype = layer.stack, hidden_states.dtype
-    if layer.index == stack.config.frozen_layers:
+    place, streams = _recorded.streams.pop(id(stack), (0, None))
+    if streams is None or stack.order[place] is not layer:
+        if layer is not stack.order[0]:
+            raise ReversibleUsageError(f"{layer.name} was recorded without the layers below it: export the whole model")
         wide = hidden_states if stack.config.arithmetic == "float" else hidden_states.to(_wide(dtype))
-        streams = wide, wide
-    elif id(stack) in _recorded.streams:
-        streams = _recorded.streams.pop(id(stack))
-    else:
-        raise ReversibleUsageError(f"{layer.name} was recorded without the layers below it: export the whole model")
+        place, streams = 0, (wide, wide)
     (a, center), extras = streams, None
     for lane in (stack.plan.first, stack.plan.second):
         y = lane.coefficient * (a - center if lane.centered else a)
@@ -64,8 +63,8 @@ def record(
             y, extras = y + branch, made if extras is None else extras
         a, center = center, y
     streams = (center, a) if stack.plan.switched else (a, center)
-    if not layer.is_last:
-        _recorded.streams[id(stack)] = streams
+    if place + 1 < len(stack.order):
+        _recorded.streams[id(stack)] = place + 1, streams
     first, second = stack.plan.readout
     return (first * streams[0] + second * streams[1]).to(dtype), extras
 

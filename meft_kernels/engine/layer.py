@@ -41,7 +41,7 @@ class Stack(Protocol):
     spec: LayerSpec
     plan: Plan
     config: MeftConfig
-    layers: list[PatchedLayer]
+    order: list[PatchedLayer]
     in_turn: bool
 
     @property
@@ -87,11 +87,6 @@ class PatchedLayer(BoundForward):
     @property
     def plan(self) -> Plan:
         return self.stack.plan
-
-    @property
-    def is_last(self) -> bool:
-        """Whether the streams are read out after it."""
-        return self is self.stack.layers[-1]
 
     @property
     def adapters(self) -> dict[str, Adapter]:

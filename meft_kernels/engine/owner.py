@@ -9,18 +9,23 @@ import torch
 from torch import nn
 
 from .bound import BoundForward
+from .calibration import Uncalibrated, calibrate
 from .exporting import WHY_NOT_COMPILED, exporting
+from .threads import Turn
 
 
-class Stack(Protocol):
-    """What a call needs of the stack of layers."""
+class Stack(Uncalibrated, Protocol):
+    """What a call needs of a stack of layers."""
 
     @property
     def bypassed(self) -> bool:
         """Whether this thread calls the pretrained layers as they were."""
 
+    def admit(self, call: OwnerCall) -> None:
+        """A call of the model is about to begin."""
+
     def begin(self, call: OwnerCall) -> None:
-        """A call of the model begins."""
+        """It begins."""
 
     def finish(self, returned: Any) -> None:
         """It has returned this."""
@@ -67,63 +72,77 @@ class BoundOwner(BoundForward):
     Hooks on the model would do the same for ``model(...)`` and be passed by where ``model.forward(...)`` is called.
     """
 
-    def __init__(self, stack: Stack, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module) -> None:
         super().__init__(module)
-        self._stack: Stack | None = stack
-        self._before = vars(module).get(_BOUND)  # of another list of layers that the model owns
+        self._stacks: tuple[Stack, ...] = ()
+        """Those through which a call of the model goes."""
+        self._calibrating = Turn()
 
     @classmethod
     def of(cls, stack: Stack, module: nn.Module) -> BoundOwner:
-        """The object in the place of the model's ``forward``: a new one, or one that a wrapper has kept there."""
-        left = vars(module).get(_BOUND)
-        if isinstance(left, BoundOwner) and left._stack is None:
-            left._stack = stack
-            return left
-        bound = cls(stack, module)
-        bound.bind()
-        setattr(module, _BOUND, bound)
+        """The object in the place of the model's ``forward``: that of its other stacks, one that a wrapper has kept
+        there, or a new one."""
+        bound = vars(module).get(_BOUND)
+        if not isinstance(bound, BoundOwner):
+            bound = cls(module)
+            bound.bind()
+            setattr(module, _BOUND, bound)
+        bound._stacks = (*bound._stacks, stack)
         return bound
 
     @property
     def __func__(self) -> Unbound:
         return Unbound(self.__signature__)
 
-    def release(self) -> None:
-        """Have no part in calls any more, also where somebody's wrapper around this object stays."""
-        self._stack = None
-        if not isinstance(getattr(vars(self.module).get("forward"), "__func__", None), Unbound):
+    def release(self, stack: Stack) -> None:
+        """Have this stack no part in calls any more; without any, give the model its own forward back.
+
+        Where somebody's wrapper is around this object, both stay.
+        """
+        self._stacks = tuple(other for other in self._stacks if other is not stack)
+        if self._stacks or not isinstance(getattr(vars(self.module).get("forward"), "__func__", None), Unbound):
             return
         self.unbind()
-        if self._before is None:
-            delattr(self.module, _BOUND)
-        else:
-            setattr(self.module, _BOUND, self._before)
+        delattr(self.module, _BOUND)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's call, with a pass through the stack around it."""
-        stack = self._stack
+        """The model's call, with a pass through each of its stacks around it."""
+        stacks = self._stacks
         if exporting() and self._instance_forward is None:  # a strict export traces no method that is bound on the way
             return type(self.module).forward(self.module, *args, **kwargs)
-        if stack is None or stack.bypassed or exporting():
+        if not stacks or stacks[0].bypassed or exporting():
             return self.original(*args, **kwargs)
-        self._begin(stack, args, kwargs)
+        self._begin(stacks, args, kwargs)
         try:
             returned = self.original(*args, **kwargs)
-            self._finish(stack, returned)
+            self._finish(stacks, returned)
         finally:
-            self._leave(stack)
+            self._leave(stacks)
         return returned
 
     # Around what torch.compile may trace.
 
     @torch.compiler.disable(reason=WHY_NOT_COMPILED)
-    def _begin(self, stack: Stack, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        stack.begin(OwnerCall(self, args, kwargs))
+    def _begin(self, stacks: tuple[Stack, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        call = OwnerCall(self, args, kwargs)
+        admitted: list[Stack] = []
+        try:
+            for stack in stacks:
+                stack.admit(call)
+                admitted.append(stack)
+            calibrate(stacks, call, self._calibrating)
+            for stack in stacks:
+                stack.begin(call)
+        except BaseException:
+            self._leave(tuple(admitted))
+            raise
 
     @torch.compiler.disable(reason=WHY_NOT_COMPILED)
-    def _finish(self, stack: Stack, returned: Any) -> None:
-        stack.finish(returned)
+    def _finish(self, stacks: tuple[Stack, ...], returned: Any) -> None:
+        for stack in stacks:
+            stack.finish(returned)
 
     @torch.compiler.disable(reason=WHY_NOT_COMPILED)
-    def _leave(self, stack: Stack) -> None:
-        stack.leave()
+    def _leave(self, stacks: tuple[Stack, ...]) -> None:
+        for stack in stacks:
+            stack.leave()

@@ -31,9 +31,9 @@ logger = logging.getLogger(__name__)
 class Stack(Protocol):
     """What a pass needs of the stack whose layers it runs through."""
 
-    name: str
+    label: str
     first: int
-    layers: list[PatchedLayer]
+    order: list[PatchedLayer]
     layerdrop: bool
     config: MeftConfig
     plan: Plan
@@ -44,7 +44,7 @@ class Stack(Protocol):
 
     @property
     def reversible_end(self) -> int:
-        """Index of the first layer that keeps its activations."""
+        """Place of the first call that keeps its activations."""
 
     def check(self, tape: Tape) -> None:
         """Raise if a stream of the pass left its range."""
@@ -55,7 +55,8 @@ class Pass:
     """A forward pass between two of its layers."""
 
     tape: Tape
-    next_index: int
+    place: int
+    """Of the call that is due; places count on from the stack's first."""
     other: torch.Tensor
     main: torch.Tensor
     handed_on: torch.Tensor
@@ -128,37 +129,39 @@ class Passes:
         refuse_checkpointing(layer.name, layer.module)
         drops = self._stack.layerdrop and layer.module.training
         current = self._pass_at(layer, hidden_states, drops)
+        place = current.place
         hidden_states = current.main  # what the recompute will see: as quantised, and no read-out
         found = Surroundings(layer.module, layer.name, kwargs) if torch.is_grad_enabled() else None
         if found is None or not (found.trained or current.main.requires_grad or gives_gradient(cached_tensors(kwargs))):
-            step = Step(layer, current.tape, kwargs)
+            step = Step(layer, current.tape, place, kwargs)
             current.main = step.forward(hidden_states, recording=False)
             extras = step.extras.take()
-        elif current.graph or self._keeps_activations(layer, kwargs):
+        elif current.graph or self._keeps_activations(layer, place, kwargs):
             if not current.graph:
                 current.tape, current.graph = current.tape.fork(), True
-            step = Step(layer, current.tape, kwargs)
+            step = Step(layer, current.tape, place, kwargs)
             current.other, current.main, extras = step.forward_with_graph(current.other, hidden_states)
         else:
             if current.tape.first_recorded is None:
                 current.tape.first_recorded = current.tape.position
-            refuse_filled_cache(kwargs, layer.index)
-            step = Step(layer, current.tape, without_cache(found.kwargs), found)
+            refuse_filled_cache(kwargs, place)
+            step = Step(layer, current.tape, place, without_cache(found.kwargs), found)
             current.other, current.main, *made = Reversible.apply(step, current.other, hidden_states, *found.trained)
             extras = step.extras.take(made)
             if current.tape.observer is not None:
-                current.tape.observer.saved(layer.index, step.saved_bytes)
-        if layer is self._stack.layers[-1]:
+                current.tape.observer.saved(place, step.saved_bytes)
+        current.place = place + 1
+        if self._due(current.place) is None:
             self.abandon()
             self._stack.check(current.tape)
             return Exit.apply(current.other, current.main, current.tape), extras
-        current.next_index = layer.index + 1
         self._hand_on(current, layer, drops)
         return current.handed_on, extras
 
     def _hand_on(self, current: Pass, layer: PatchedLayer, drops: bool) -> None:
         """Choose what the layer returns: its main stream, or the read-out."""
-        following = self._stack.layers[current.next_index - self._stack.first]
+        following = self._due(current.place)
+        assert following is not None
         hooks = hooks_between(layer, following)
         current.watched = may_look(layer, following, hooks)
         way = self.way
@@ -175,22 +178,29 @@ class Passes:
     def _pass_at(self, layer: PatchedLayer, hidden_states: torch.Tensor, drops: bool) -> Pass:
         """The pass that this call goes on with, or begins."""
         current = self.current
-        if current is None and (layer.index == self._stack.first or drops):
-            return self._start(hidden_states)
-        if current is None or not (layer.index == current.next_index or (drops and layer.index > current.next_index)):
-            expected = (
-                "the first layer"
-                if current is None
-                else self._stack.layers[current.next_index - self._stack.first].name
-            )
-            raise ReversibleUsageError(
-                f"{layer.name} was called where {expected} was due: reversible layers run in order, each once "
-                "(early exits and calls of single layers are not supported; LayerDrop is, where the model's config has "
-                "it when patch is called)"
-            )
-        self._check_untouched(current, layer, hidden_states)
-        self._take_up(current, layer, hidden_states)
+        place = self._stack.first if current is None else current.place
+        due = self._due(place)
+        if due is not layer:
+            if not (drops and layer.index > place):
+                expected = "the first layer" if current is None or due is None else due.name
+                raise ReversibleUsageError(
+                    f"{layer.name} was called where {expected} was due: reversible layers run in the order in which "
+                    "they did when the model was patched (early exits and calls of single layers are not supported; "
+                    "LayerDrop is, where the model's config has it when patch is called)"
+                )
+            place = layer.index
+        if current is None:
+            current = self._start(hidden_states)
+        else:
+            self._check_untouched(current, layer, hidden_states)
+            self._take_up(current, layer, hidden_states)
+        current.place = place
         return current
+
+    def _due(self, place: int) -> PatchedLayer | None:
+        """The layer whose call is at this place; None after the last."""
+        at = place - self._stack.first
+        return self._stack.order[at] if at < len(self._stack.order) else None
 
     @staticmethod
     def _take_up(current: Pass, layer: PatchedLayer, given: torch.Tensor) -> None:
@@ -211,7 +221,7 @@ class Passes:
             way = Way(self._stack.arithmetic, self._stack.observer)
         if way is None:
             raise ReversibleUsageError(
-                f"{self._stack.name} was called without its model, so fraction_bits could not be calibrated: call "
+                f"{self._stack.label} was called without its model, so fraction_bits could not be calibrated: call "
                 "model(**batch) or meft_kernels.calibrate(model, batch) once, or pass fraction_bits to patch"
             )
         if hidden_states.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
@@ -238,7 +248,7 @@ class Passes:
 
     def _trains_anywhere(self) -> bool:
         """Whether any module is in train mode: dropout may be live in an eval-mode model, or below its first layer."""
-        return any(module.training for layer in self._stack.layers for module in layer.module.modules())
+        return any(module.training for layer in self._stack.order for module in layer.module.modules())
 
     @staticmethod
     def _check_untouched(current: Pass, layer: PatchedLayer, hidden_states: torch.Tensor) -> None:
@@ -261,8 +271,8 @@ class Passes:
                 "patched layer (frozen_layers moves it up) or behind the last"
             )
 
-    def _keeps_activations(self, layer: PatchedLayer, kwargs: dict[str, Any]) -> bool:
-        if layer.index >= self._stack.reversible_end:
+    def _keeps_activations(self, layer: PatchedLayer, place: int, kwargs: dict[str, Any]) -> bool:
+        if place >= self._stack.reversible_end:
             return True
         if not layer.module.training and caches_in(kwargs):
             warn_once(

@@ -17,30 +17,33 @@ from ..architectures import find_architecture
 from ..architectures.found import FoundLayers
 from ..config import MeftConfig
 from ..errors import ReversibleUsageError, StreamOverflowError, UnsupportedModelError
-from ..targets import LayerList, refuse_partitioned
-from .arguments import copies_of_caches
+from ..layer_lists import LayerList, Run
+from ..targets import refuse_partitioned
 from .arithmetic import Arithmetic
-from .calibration import MAX_CALIBRATED_BITS, Probe
 from .layer import PatchedLayer
 from .norms import lean_norms
 from .owner import BoundOwner, OwnerCall
 from .passes import Passes, Way
 from .refusals import asked_for, refuse_frozen_adapters, refuse_outputs, refuse_replica
 from .remainders import HostMemory
-from .replay import other_generators_kept, seeded
-from .surroundings import buffers_kept
 from .tape import Counts, Observer, Tape
-from .threads import Gate, Switch, Turn
+from .threads import Gate, Switch
 from .variants import make_plan
 
 
 class ReversibleStack:
-    """The patched layers of one ``nn.ModuleList`` and the state of the forward passes through them."""
+    """The patched layers of a run through one ``nn.ModuleList`` and the state of the forward passes through them.
 
-    def __init__(self, target: LayerList, config: MeftConfig, gate: Gate | None = None) -> None:
+    It is made without any; :meth:`hold` gives it its layers.
+    """
+
+    def __init__(self, target: LayerList, run: Run, config: MeftConfig, gate: Gate | None = None) -> None:
         self.owner = target.owner
         """The model whose forward loops over the layers."""
         self.name = target.name
+        """Of the list."""
+        self.label = run.label
+        """Of the run, for people."""
         self.spec = target.spec
         self._family, self._kind = target.family, target.kind
         self.hidden_size = target.hidden_size
@@ -52,14 +55,24 @@ class ReversibleStack:
         self.config = config
         self.plan = make_plan(config, post_norm=target.post_norm)
         self.engine = config.engine
-        self.first = config.frozen_layers
+        self.first = run.calls[0]
+        """Place of the first call: places count on from there, and are indices of layers where each is called once."""
+        self.calls = run.calls
+        """Indices in the list of the layers that a pass calls, in turn."""
+        self.below = run.below
+        """Calls of patched layers of the same list in runs before this one."""
+        self.frozen = run.frozen
+        """Layers of the list below the run that stay as they are; those below its first run."""
         self.layers: list[PatchedLayer] = []
+        self.order: list[PatchedLayer] = []
+        """The layer of each call."""
         self.arithmetic: Arithmetic | None
         """None until the first batch has chosen ``fraction_bits``."""
+        self.passed_by: set[frozenset[str]] = set()
+        """Names of arguments with which calls of the owner do not go through the stack."""
         self.gate = gate or Gate()
         """For all stacks of a model: passes go through, whoever changes what they read waits for them."""
         self._switch = Switch()
-        self._calibrating = Turn()
         self.observer: Observer | None = None
         self.counts = Counts()
         self.host = HostMemory() if config.remainders == "host" else None
@@ -96,13 +109,27 @@ class ReversibleStack:
             )
         self.__dict__.update(state, spec=architecture.layers[state["_kind"]])
 
+    def hold(self, layers: list[PatchedLayer]) -> None:
+        """Have these, each once, be the layers that the run calls."""
+        by_index = {layer.index: layer for layer in layers}
+        self.layers, self.order = layers, [by_index[index] for index in self.calls]
+
+    @property
+    def end(self) -> int:
+        """Place after the last call."""
+        return self.first + len(self.calls)
+
     @property
     def reversible_end(self) -> int:
-        """Index of the first layer that keeps its activations."""
+        """Place of the first call that keeps its activations."""
         if self.engine == "autograd":
             return self.first
         count = self.config.reversible_layers
-        return self.first + (len(self.layers) if count is None else count)
+        return self.end if count is None else min(self.end, self.first + max(0, count - self.below))
+
+    def name_of(self, place: int) -> str:
+        """The name of the layer whose call is at this place."""
+        return self.order[place - self.first].name
 
     def remove(self) -> None:
         """Give every layer its own forward back and take all hooks off."""
@@ -112,11 +139,12 @@ class ReversibleStack:
                 layer.tap.remove()
         for norm in self._norms:
             norm.unbind()
-        self._bound.release()
+        self._bound.release(self)
         self._replicas.remove()
         # Break the cycles, so that `del model` frees its memory at once.
         del self.passes
         self.layers.clear()
+        self.order.clear()
         self._norms.clear()
 
     def parts(self) -> list[object]:
@@ -178,8 +206,8 @@ class ReversibleStack:
                 f"fraction_bits={self.max_bits}."
             ) from None
 
-    def begin(self, call: OwnerCall) -> None:
-        """A call of the owner begins: refuse what cannot be, calibrate if nobody has."""
+    def admit(self, call: OwnerCall) -> None:
+        """A call of the owner is about to begin: refuse what cannot be."""
         self.gate.enter()
         try:
             refuse_partitioned(self.layers[0].module, self.name)
@@ -187,17 +215,17 @@ class ReversibleStack:
             between = self.spec.read_between  # by the model around it, from which they have their gradients
             looked_at = {**call.named, "output_hidden_states": False} if between else call.named
             refuse_outputs(self.owner, looked_at, reversible=self.reversible_end > self.first, first=self.first)
-            self.passes.begin(
-                Way(
-                    self.arithmetic or self.calibrate(call),
-                    self.observer,
-                    wants_hidden_states=between or asked_for("output_hidden_states", self.owner, call.named),
-                    drops=self.layerdrop and self.owner.training,
-                )
-            )
         except BaseException:
             self.leave()
             raise
+
+    def begin(self, call: OwnerCall) -> None:
+        """It begins, calibrated if it goes through this stack."""
+        if self.arithmetic is None:
+            return
+        between = self.spec.read_between or asked_for("output_hidden_states", self.owner, call.named)
+        drops = self.layerdrop and self.owner.training
+        self.passes.begin(Way(self.arithmetic, self.observer, wants_hidden_states=between, drops=drops))
 
     def finish(self, returned: Any) -> None:
         """A call of the owner has returned this.
@@ -211,7 +239,7 @@ class ReversibleStack:
             return
         if not way.drops:
             raise ReversibleUsageError(
-                f"the model returned before {self.layers[-1].name}, so the streams were never read out (a smaller "
+                f"the model returned before {self.order[-1].name}, so the streams were never read out (a smaller "
                 "config.num_hidden_layers, or an early exit)"
             )
         self.check(current.tape)
@@ -233,6 +261,7 @@ class ReversibleStack:
             )
         if self.config.arithmetic == "exact":
             self.arithmetic = None
+        self.passed_by.clear()
 
     def set_fraction_bits(self, fraction_bits: int) -> int:
         """Use these, calibrated elsewhere; fewer, if streams overflowed here or the settings say so. Returns them."""
@@ -240,35 +269,3 @@ class ReversibleStack:
         fraction_bits = min([fraction_bits, *(limit for limit in limits if limit is not None)])
         self.arithmetic = Arithmetic(fraction_bits, self.config.impl)
         return fraction_bits
-
-    def calibrate(self, call: OwnerCall) -> Arithmetic:
-        """Choose ``fraction_bits`` from one forward of the owner in float32 streams, which leaves no trace.
-
-        Where several threads come to it at once, the first one's choice is everybody's.
-
-        Raises:
-            NonFiniteError: the model gives NaN or infinities on these inputs; names the layer.
-        """
-        with self._calibrating:
-            arithmetic = self.arithmetic
-            if arithmetic is None:
-                probe = Probe(impl=self.config.impl)
-                self._probe(probe, call)
-                at_most = MAX_CALIBRATED_BITS if self.max_bits is None else min(self.max_bits, MAX_CALIBRATED_BITS)
-                arithmetic = Arithmetic(probe.fraction_bits_for(at_most, self.name), self.config.impl)
-                self.arithmetic = arithmetic
-            return arithmetic
-
-    def _probe(self, probe: Probe, call: OwnerCall) -> None:
-        """Run the probe's pass; it is this thread's alone."""
-        training = self.owner.training
-        self.passes.begin(Way(probe))
-        try:
-            if self.layerdrop:
-                self.owner.training = False  # the owner's own switch: no layer may be left out, dropout stays as it is
-            device = next(self.owner.parameters()).device
-            with torch.no_grad(), buffers_kept(self.owner), other_generators_kept(), seeded(0, device):
-                call.repeat(copies_of_caches(call.named))
-        finally:
-            self.owner.training = training
-            self.passes.end()

@@ -31,7 +31,7 @@ EXTRA_STATE = "_extra_state"
 class _Stack(Protocol):
     """What is needed of a :class:`~meft_kernels.engine.stack.ReversibleStack`."""
 
-    name: str
+    label: str
     config: MeftConfig
     arithmetic: Arithmetic | None
 
@@ -76,7 +76,7 @@ class StackState(nn.Module):
             logger.warning(
                 "meft_kernels: streams of %s were saved with fraction_bits=%d and go on with %d: what is computed "
                 "differs from before by their rounding",
-                self._stack.name,
+                self._stack.label,
                 bits,
                 taken,
             )
@@ -89,7 +89,7 @@ class StackState(nn.Module):
         Raises:
             PatchError: as :meth:`set_extra_state`.
         """
-        name, config = self._stack.name, self._stack.config
+        name, config = self._stack.label, self._stack.config
         digest, bits = self._read(state)
         if digest != _digest(config):
             raise PatchError(
@@ -110,7 +110,7 @@ class StackState(nn.Module):
 
     def _read(self, state: torch.Tensor) -> tuple[int, int | None]:
         """Digest and ``fraction_bits`` as they stand there."""
-        damaged = f"the saved state of {self._stack.name} is damaged"
+        damaged = f"the saved state of {self._stack.label} is damaged"
         if not isinstance(state, torch.Tensor):
             raise PatchError(f"{damaged}: it is no tensor")
         if state.dtype == _WRITTEN_BEFORE and state.shape == (2,):

@@ -43,8 +43,10 @@ class Step:
     ``found`` is what the recompute has to find again; None where there is to be none.
     """
 
-    def __init__(self, layer: Layer, tape: Tape, kwargs: dict[str, Any], found: Surroundings | None = None) -> None:
-        self.call = Call(layer, tape, kwargs, found)
+    def __init__(
+        self, layer: Layer, tape: Tape, place: int, kwargs: dict[str, Any], found: Surroundings | None = None
+    ) -> None:
+        self.call = Call(layer, tape, place, kwargs, found)
         self.tape = tape
         self.position = tape.position
         """How many layers the streams had passed before this one."""
@@ -67,7 +69,7 @@ class Step:
         """
         tape, plan = self.tape, self.call.layer.plan
         if tape.observer is not None:
-            tape.observer.forward(self.call.layer.index, tape.x1, tape.x2)
+            tape.observer.forward(self.call.place, tape.x1, tape.x2)
         a, center, center_value = tape.x1, tape.x2, main
         a_sum, center_sum = tape.checksums
         for lane in (self.first, self.second):
@@ -198,7 +200,7 @@ class Step:
         # two undone lanes leave (y, center) = (x2, x1)
         tape.x1, tape.x2, tape.position = center, y, self.position
         if tape.observer is not None:
-            tape.observer.rebuilt(self.call.layer.index, tape.x1, tape.x2)
+            tape.observer.rebuilt(self.call.place, tape.x1, tape.x2)
         self.first.forget()
         self.second.forget()
         if self.position == tape.first_recorded:

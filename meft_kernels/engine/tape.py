@@ -22,7 +22,10 @@ from .tiles import auto_rows, cut
 
 
 class Observer(Protocol):
-    """Sees both streams at every layer's input, in forward and again when backward has rebuilt them."""
+    """Sees both streams at every layer's input, in forward and again when backward has rebuilt them.
+
+    ``index`` is the place of the layer's call: the layer's index in its list, where each is called once.
+    """
 
     def forward(self, index: int, x1: torch.Tensor, x2: torch.Tensor) -> None: ...
 

@@ -10,7 +10,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ..config import MeftConfig
-from ..targets import find_layers, find_spec
+from ..layer_lists import find_layers
+from ..targets import find_spec
 
 Weights = Literal["4bit", "8bit"]
 WEIGHTS: tuple[Weights, ...] = get_args(Weights)

@@ -130,7 +130,7 @@ class Settings:
     def plain(self) -> dict[str, Any]:
         """As the YAML file has it; :func:`check_given` takes it back."""
         meft = self.meft.to_dict()
-        meft["modules_to_save"] = None if self.meft.modules_to_save is None else list(self.meft.modules_to_save)
+        meft |= {name: list(value) for name, value in meft.items() if isinstance(value, tuple)}
         data = dataclasses.asdict(self.data)
         return {"model": self.model, "task": self.task, "dtype": self.dtype, "data": data, "meft": meft} | {
             "training": dict(self.training)

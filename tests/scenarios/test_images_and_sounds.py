@@ -7,11 +7,15 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import Trainer, TrainingArguments
 
 import meft_kernels
 from benchmarks.model_sweep.models import make
+from meft_kernels.state import require_state
 
-from ..models import StreamWitness
+from ..models import StreamWitness, worst_error
+
+LANGUAGE, VISION = "model.language_model.layers", "model.visual.blocks"
 
 
 def labelled(model_type: str) -> tuple[Any, dict[str, Any]]:
@@ -25,40 +29,79 @@ def labelled(model_type: str) -> tuple[Any, dict[str, Any]]:
     return model, {**batch, "labels": torch.randint(5, 90, (2, 6), generator=torch.Generator().manual_seed(1))}
 
 
-@pytest.mark.parametrize(("model_type", "hears"), [("gemma3", "pixel_values"), ("whisper", "input_features")])
-def test_training(model_type: str, hears: str, tmp_path: Path) -> None:
+def trained(model: Any, batch: dict[str, Any], folder: Path, steps: int) -> list[float]:
+    """The losses of a Trainer that sees this batch again and again."""
+    settings = {
+        "max_steps": steps,
+        "lr_scheduler_type": "constant",
+        "learning_rate": 1e-2,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "seed": 0,
+    }
+    arguments = TrainingArguments(str(folder), use_cpu=True, report_to="none", disable_tqdm=True, **settings)
+    trainer = Trainer(model, arguments, train_dataset=[{}] * 8, data_collator=lambda _: dict(batch))
+    trainer.train()
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+@pytest.mark.parametrize(
+    ("model_type", "hears", "stacks"),
+    [
+        ("gemma3", "pixel_values", None),
+        ("whisper", "input_features", None),
+        ("qwen3_vl", "pixel_values", (LANGUAGE, VISION)),
+    ],
+)
+def test_training(model_type: str, hears: str, stacks: tuple[str, ...] | None, tmp_path: Path) -> None:
     model, batch = labelled(model_type)
     assert hears in batch
     torch.manual_seed(0)
-    model = meft_kernels.patch(model, rank=8).train()
+    model = meft_kernels.patch(model, rank=8, stacks=stacks, probe=batch if stacks else None)
     witnesses = StreamWitness.on_every_stack(model)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    losses = []
-    for _ in range(12):
-        loss = model(**batch).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-        assert all(all(witness.equal.values()) and witness.equal for witness in witnesses)
+    losses = trained(model, batch, tmp_path / "run", 12)
+    assert all(witness.equal and all(witness.equal.values()) for witness in witnesses)
     assert losses[-1] < 0.8 * losses[0]
     # The image, or the sound, is heard: another one gives another loss.
     with torch.no_grad():
         expected = model.eval()(**batch).loss
         assert model(**{**batch, hears: batch[hears].flip(0)}).loss != expected
         meft_kernels.save_adapter(model, tmp_path)
-        again = meft_kernels.load_adapter(make(model_type)[0], tmp_path)
+        base = make(model_type)[0]
+        if stacks is None:
+            again = meft_kernels.load_adapter(base, tmp_path)
+        else:  # by the adapter's folder alone, without a batch that has images
+            base.save_pretrained(tmp_path / "base")
+            again = meft_kernels.AutoMeftModel.from_pretrained(tmp_path, base_model=tmp_path / "base")
         assert again.eval()(**batch).loss == expected
 
 
 def test_states_that_images_inject_between_layers() -> None:
-    """Qwen3-VL adds what its vision tower saw to the hidden states between its first layers: they stay as they are."""
+    """Qwen3-VL adds what its vision tower saw to the hidden states above its first layers: a stack for each run."""
     model, batch = labelled("qwen3_vl")
-    with pytest.raises(meft_kernels.UnsupportedModelError, match="states are injected between layers"):
+    with pytest.raises(meft_kernels.UnsupportedModelError, match=r"with images, states are injected between layers"):
         meft_kernels.patch(model)
-    with pytest.raises(meft_kernels.UnsupportedModelError, match=r"change between .*layers\.0 and .*layers\.1"):
-        meft_kernels.patch(model, probe=batch)
-    meft_kernels.patch(model, probe=batch, frozen_layers=1).train()
-    witness = StreamWitness(model)
-    model(**batch).loss.backward()
-    assert witness.equal == {1: True}
+    texts = {name: batch[name] for name in ("attention_mask", "labels")}
+    texts["input_ids"] = batch["input_ids"].clamp(max=89)
+    for each in (batch, texts):
+        results = []
+        for engine in ("reversible", "autograd"):
+            model, _ = labelled("qwen3_vl")
+            with torch.no_grad():
+                expected = model(**each).loss
+            torch.manual_seed(5)
+            meft_kernels.patch(model, probe=batch, engine=engine, rank=8, up_init_std=0.05)
+            stacks = require_state(model).stacks
+            assert [stack.calls for stack in stacks] == [(0,), (1,), (2, 3)]
+            with torch.no_grad(), meft_kernels.disable_adapter(model):
+                assert model(**each).loss == expected
+            witnesses = StreamWitness.on_every_stack(model)
+            loss = model.train()(**each).loss
+            loss.backward()
+            results.append((loss.item(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}))
+            if engine == "reversible":
+                assert [list(w.equal.values()) for w in witnesses] == [[True], [True], [True, True]]
+        assert results[0][0] == results[1][0]
+        assert worst_error(results[0][1], results[1][1], floor=1e-3) <= 1e-5
+        names = {name.split(".meft.")[0] for name in results[0][1]}
+        assert names == {f"{LANGUAGE}.{index}" for index in range(4)}

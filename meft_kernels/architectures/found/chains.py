@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 from collections import defaultdict
 from dataclasses import dataclass
-from typing import Any
 
 from torch import nn
 
@@ -14,12 +13,19 @@ from .trace import Call, Trace, is_same
 
 @dataclass
 class Chain:
-    """A list of layers through which hidden states go untouched."""
+    """A list of layers through which hidden states go, from call to call untouched but for a few places."""
 
     name: str
     layers: list[nn.Module]
     calls: list[Call]
-    """Of the first pass through it, one a layer."""
+    """Of the first pass through it."""
+    order: tuple[int, ...]
+    """Indices of the layers called: each once and in turn, or (shared layers) several times, each on what the call
+    before returned."""
+    begins: tuple[int, ...]
+    """Indices of layers that are given something else than the layer before returned."""
+    caller: int
+    """``id`` of the innermost model whose call all of theirs are part of."""
     width: int
     read_between: bool
     """Whether somebody reads what a layer returned beside the next one."""
@@ -78,21 +84,35 @@ def _chain(name: str, layers: list[nn.Module], calls: list[Call], first: int) ->
     for call in calls:
         if (reason := _no_layer(call)) is not None:
             raise NoChain(f"{call.name} {reason}")
-    passes = _passes(calls)
     order = [f"{name}.{index}" for index in range(len(layers))]
-    for calls in passes:
-        _check_order(order, [call.name for call in calls])
-    for one, other in itertools.pairwise(passes):
-        if _linked(one[-1], other[0]):
-            raise NoChain("its layers are shared: the list runs again on what it gave")
-    neighbours = [pair for calls in passes for pair in itertools.pairwise(calls[first:])]
-    for before, after in neighbours:
-        _check_handed_on(before, after)
-    calls = passes[0]
+    rounds = _joined(_passes(calls))
+    called = [call.name for call in rounds[0]]
+    if any(len({call.name for call in calls}) < len(calls) for calls in rounds):
+        _check_shared(rounds, order, first)
+    else:
+        for calls in rounds:
+            _check_order(order, [call.name for call in calls])
+    pairs = [list(itertools.pairwise(calls[first:])) for calls in rounds]
+    begins = tuple(first + at for at in range(1, len(rounds[0]) - first) if not all(_linked(*p[at - 1]) for p in pairs))
+    if begins and len(begins) == len(order) - first - 1:
+        _refuse_changed(next(pair for every in pairs for pair in every if not _linked(*pair)))
+    between = any(_read_elsewhere(*pair) for every in pairs for pair in every if _linked(*pair))
+    calls = rounds[0]
     assert calls[0].given is not None
-    between = any(_read_elsewhere(before, after) for before, after in neighbours)
     boxes = tuple(dict.fromkeys(box for call in calls for box in call.filled))
-    return Chain(name, layers, calls, calls[0].given.shape[-1], between, boxes)
+    places = {label: index for index, label in enumerate(order)}
+    models = [model for model in calls[0].models if all(model in call.models for every in rounds for call in every)]
+    return Chain(
+        name=name,
+        layers=layers,
+        calls=calls,
+        order=tuple(places[each] for each in called),
+        begins=begins,
+        caller=models[-1],
+        width=calls[0].given.shape[-1],
+        read_between=between,
+        boxes=boxes,
+    )
 
 
 def _no_layer(call: Call) -> str | None:
@@ -137,6 +157,30 @@ def _passes(calls: list[Call]) -> list[list[Call]]:
     return passes
 
 
+def _joined(passes: list[list[Call]]) -> list[list[Call]]:
+    """The passes, those as one that go on with what the one before gave: the layers are shared."""
+    rounds: list[list[Call]] = []
+    for calls in passes:
+        if rounds and _linked(rounds[-1][-1], calls[0]):
+            rounds[-1] += calls
+        else:
+            rounds.append(calls)
+    return rounds
+
+
+def _check_shared(rounds: list[list[Call]], order: list[str], first: int) -> None:
+    if missing := [name for name in order if all(call.name != name for call in rounds[0])]:
+        raise NoChain(f"layers run several times in a pass, and {missing[0]} was not called")
+    if first:
+        raise NoChain("its layers run several times in a pass: frozen_layers can leave none of them out")
+    for calls in rounds:
+        if [call.name for call in calls] != [call.name for call in rounds[0]]:
+            raise NoChain("its layers run several times in a pass, and not in the same order each time")
+        for pair in itertools.pairwise(calls):
+            if not _linked(*pair):
+                _refuse_changed(pair)
+
+
 def _check_order(order: list[str], called: list[str]) -> None:
     if called == order:
         return
@@ -159,9 +203,8 @@ def _linked(before: Call, after: Call) -> bool:
     )
 
 
-def _check_handed_on(before: Call, after: Call) -> None:
-    if _linked(before, after):
-        return
+def _refuse_changed(pair: tuple[Call, Call]) -> None:
+    before, after = pair
     glue = dict.fromkeys(name for name, inside in before.readers if inside is None)
     by = f" (by {', '.join(list(glue)[:4])})" if glue else ""
     raise NoChain(
@@ -175,12 +218,3 @@ def _read_elsewhere(call: Call, after: Call) -> bool:
         return True
     # As keys and values, say, which the engine hands on as they are: a stream's place is the first argument alone.
     return any(call.returned is not None and is_same(other, call.returned) for other in after.others)
-
-
-def owner_of(model: Any, name: str) -> nn.Module:
-    """The nearest transformers model around a list: its call has the user's own arguments."""
-    parents = [
-        name.rsplit(".", depth)[0] if depth <= name.count(".") else "" for depth in range(1, name.count(".") + 2)
-    ]
-    owners = [model.get_submodule(parent) for parent in parents]
-    return next((owner for owner in owners if hasattr(owner, "config") and hasattr(owner, "base_model_prefix")), model)

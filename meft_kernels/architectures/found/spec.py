@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -13,11 +13,15 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.tensor import DTensor
 
 from ...errors import UnsupportedModelError
+from ...modules import owner_of
+from ...selection import choose, is_meant
 from ..spec import ArchitectureSpec, LayerSpec
+from .backbone import activation_of, dropout_of, layerdrop_of
 from .batch import made_up
 from .blocks import ByKind, Kind, Whole, Without, kind_of
-from .chains import Chain, NoChain, find_chains, layer_lists, owner_of
+from .chains import Chain, NoChain, find_chains, layer_lists
 from .proof import Unproven, prove_cut, prove_layers
+from .saved import Differs, taken_up
 from .surroundings import untouched
 from .taps import Tap, ends_in_norm, find_tap, leading_to
 from .trace import Trace, trace
@@ -51,15 +55,26 @@ class Constant:
 class FoundLayers(LayerSpec):
     """The layers of one list, as they were found. All that is in it can be pickled, for it is registered nowhere."""
 
+    hidden_size: Callable[[Any], int]
     list_name: str
     tapped: bool
     """Whether every layer has an FFN that was found."""
     apart: bool
     """Whether every layer is its attention block and then its MLP block."""
+    order: tuple[int, ...]
+    """Indices of the layers that a pass calls, in turn."""
+    owner_name: str
+    """Of the model whose forward calls them."""
 
     def serves(self, name: str, layers: nn.ModuleList) -> bool:
         """Whether these are the layers that were looked at."""
         return name == self.list_name
+
+    def calls(self, layers: Sequence[nn.Module]) -> tuple[int, ...]:
+        return self.order
+
+    def owner(self, model: nn.Module, name: str) -> nn.Module:
+        return model.get_submodule(self.owner_name)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +106,14 @@ class _Objection:
         return None
 
 
-def find(model: Any, *, frozen_layers: int = 0, batch: Mapping[str, Any] | None = None) -> FoundArchitecture:
+def find(
+    model: Any,
+    *,
+    frozen_layers: int = 0,
+    batch: Mapping[str, Any] | None = None,
+    wanted: tuple[str, ...] | None = None,
+    saved: Sequence[FoundLayers] = (),
+) -> FoundArchitecture:
     """Look for a model's layers, and hold what is found to one forward and backward of a few tokens.
 
     The model is afterwards as it was before.
@@ -100,9 +122,12 @@ def find(model: Any, *, frozen_layers: int = 0, batch: Mapping[str, Any] | None 
         model: a transformers model.
         frozen_layers: layers at the bottom of every list of which nothing is asked.
         batch: keyword arguments of its forward to look at it with; made up by default.
+        wanted: names of lists, or of modules around them, or patterns; by default those of the language model.
+        saved: what was found when an adapter was saved; the model is held to it, and no other list is taken.
 
     Raises:
-        UnsupportedModelError: nothing was found that holds; says why, and where.
+        UnsupportedModelError: nothing was found that holds, or not what was saved; says why, and where.
+        ValueError: there is no list of a name that is wanted; names those there are.
     """
     kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
     refuse_unreadable(model, kind)
@@ -111,29 +136,83 @@ def find(model: Any, *, frozen_layers: int = 0, batch: Mapping[str, Any] | None 
         raise unsupported(
             kind, ["it holds no nn.ModuleList: layers in a dict or in attributes of their own are not found"]
         )
+    if saved:
+        wanted = tuple(each.list_name for each in saved)
     with torch.inference_mode(False), torch.enable_grad(), untouched(model):
         model.eval()
+        found: dict[str, FoundLayers] = {}
+        names: list[str] = []
         reasons: dict[str, str] = {}
         for lists in candidates:
-            seen = _seen(model, kind, lists, batch)
-            chains, refused = find_chains(lists, seen, frozen_layers)
-            reasons |= refused
-            if chains := _language_model(model, chains, refused):
-                break
-        else:
-            raise unsupported(kind, [f"{name}: {reason}" for name, reason in reasons.items()])
-        if batch is None:
-            _refuse_unseen(model, kind, chains)
-        layers: dict[str, FoundLayers] = {}
-        for chain in chains:
             try:
-                layers[chain.name] = _proven(model, chain, seen, frozen_layers)
-            except (Unproven, NoChain) as reason:
-                refused[chain.name] = str(reason)
-        if not layers:
-            raise unsupported(kind, [f"{name}: {reason}" for name, reason in refused.items()])
-        chains = [chain for chain in chains if chain.name in layers]
-    return _architecture(model, kind, tuple(layers.values()), chains, refused)
+                seen = _seen(model, kind, lists, batch)
+            except UnsupportedModelError:
+                if saved and batch is None:
+                    break  # nothing is seen of it
+                raise
+            chains, refused = find_chains(lists, seen, frozen_layers)
+            chosen = _language_model(model, chains, refused) if wanted is None else _named(chains, wanted)
+            if batch is None and not saved:
+                _refuse_unseen(model, kind, chosen)
+            for chain in chosen:
+                try:
+                    found[chain.name] = _proven(model, chain, seen, frozen_layers)
+                except (Unproven, NoChain) as reason:
+                    refused[chain.name] = str(reason)
+            names += [chain.name for chain in chains]
+            reasons |= refused
+            if chosen and (wanted is None or not _unnamed(names, wanted)):
+                reasons = refused
+                break
+    refused = {name: reason for name, reason in reasons.items() if name not in found}
+    if saved:
+        layers = _as_saved(model, kind, saved, found, refused, frozen_layers)
+    else:
+        layers = tuple(found.values())
+        if wanted is not None and _unnamed(found, wanted):
+            _refuse_unnamed(kind, [*names, *refused], refused, wanted, made_up=batch is None)
+    if not layers:
+        raise unsupported(kind, [f"{name}: {reason}" for name, reason in refused.items()])
+    return _architecture(model, kind, layers, refused)
+
+
+def _named(chains: list[Chain], wanted: tuple[str, ...]) -> list[Chain]:
+    return [chain for chain in chains if any(is_meant(chain.name, each) for each in wanted)]
+
+
+def _unnamed(names: Iterable[str], wanted: tuple[str, ...]) -> list[str]:
+    """What is wanted and is none of these."""
+    names = list(names)
+    return [each for each in wanted if not any(is_meant(name, each) for name in names)]
+
+
+def _refuse_unnamed(
+    kind: str, names: list[str], refused: dict[str, str], wanted: tuple[str, ...], *, made_up: bool
+) -> None:
+    """Lists that are wanted and do not serve, or are not there."""
+    meant = choose(list(dict.fromkeys(names)), wanted)
+    uncalled = made_up and any("not called" in refused.get(name, "") for name in meant)
+    hint = " by made-up texts: pass probe=batch, one that goes through them" if uncalled else ""
+    raise unsupported(kind, [f"{name}: {refused[name]}{hint}" for name in meant if name in refused])
+
+
+def _as_saved(
+    model: nn.Module,
+    kind: str,
+    saved: Sequence[FoundLayers],
+    found: dict[str, FoundLayers],
+    refused: dict[str, str],
+    first: int,
+) -> tuple[FoundLayers, ...]:
+    try:
+        for name in [each.list_name for each in saved if each.list_name in refused]:
+            if "not called" not in refused[name]:
+                raise Differs(f"{name}: {refused[name]}")
+        return tuple(taken_up(model, each, found.get(each.list_name), first) for each in saved)
+    except Differs as reason:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} ({kind}) is not the model that was looked at when the adapter was saved: {reason}"
+        ) from None
 
 
 def _language_model(model: Any, chains: list[Chain], refused: dict[str, str]) -> list[Chain]:
@@ -212,10 +291,7 @@ def _proven(model: Any, chain: Chain, seen: Trace, first: int) -> FoundLayers:
     """One list's layers, from the first that is to be patched on held to what they seem to be."""
     if len(chain.layers) <= first:
         raise NoChain(f"frozen_layers={first} leaves none of its {len(chain.layers)} layers")
-    owner = owner_of(model, chain.name)
-    chain.read_between |= id(owner) in seen.asked
-    if any(id(owner) not in call.models for call in chain.calls):
-        raise NoChain(f"its layers are called by another model than the {type(owner).__name__} that they are in")
+    chain.read_between |= chain.caller in seen.asked
     prove_layers(chain, seen, first)
     return _layers_of(model, chain, seen, first)
 
@@ -239,7 +315,7 @@ def _layers_of(model: nn.Module, chain: Chain, seen: Trace, first: int) -> Found
                     raise NoChain(
                         f"layers of {chain.name} have the same parts, and their FFNs are not in the same place"
                     )
-    owner = owner_of(model, chain.name)
+    config = getattr(owner_of(model, chain.name), "config", None)
     by_kind = ByKind(taps)
     return FoundLayers(
         layer_class=tuple({type(layer).__name__: None for layer in chain.layers}),
@@ -249,13 +325,18 @@ def _layers_of(model: nn.Module, chain: Chain, seen: Trace, first: int) -> Found
         ffn_writes=TapOf(by_kind, 1),
         post_norm=Constant(ends_in_norm(chain.calls[-1], _once(seen, chain.calls[-1]))),
         in_turn=Constant(apart),
-        layerdrop=Constant(_layerdrop(getattr(owner, "config", None), chain.name)),
+        layerdrop=Constant(layerdrop_of(config, chain.name)),
+        activation=Constant(activation_of(config)),
+        dropout=Constant(dropout_of(config)),
         hidden_size=Constant(chain.width),
         read_between=chain.read_between,
         boxes=chain.boxes,
         list_name=chain.name,
         tapped=tapped,
         apart=apart,
+        begins=Constant(chain.begins),
+        order=chain.order,
+        owner_name=next(name for name, module in model.named_modules() if id(module) == chain.caller),
     )
 
 
@@ -263,42 +344,18 @@ def _once(seen: Trace, call: Any) -> list[Any]:
     return [part for part in seen.parts[id(call.module)] if call.contains(part)]
 
 
-def _layerdrop(config: Any, name: str) -> float:
-    names = ["layerdrop", *(f"{side}_layerdrop" for side in ("encoder", "decoder") if side in name)]
-    return max(float(getattr(config, name, 0.0) or 0.0) for name in names)
-
-
-_ACTIVATIONS = (
-    "hidden_act", "hidden_activation", "activation_function", "dense_act_fn", "activation", "mlp_hidden_act", "act_fn",
-    "hidden_activation_fn",
-)  # fmt: skip
-_DROPOUTS = (
-    "hidden_dropout_prob", "resid_pdrop", "residual_dropout", "resid_dropout", "hidden_dropout", "mlp_dropout",
-    "dropout_rate", "dropout",
-)  # fmt: skip
-
-
-def _architecture(
-    model: Any, kind: str, layers: tuple[FoundLayers, ...], chains: list[Chain], refused: dict[str, str]
-) -> FoundArchitecture:
-    from transformers.activations import ACT2FN
-
-    config = getattr(owner_of(model, chains[0].name), "config", model.config)
-    names = [getattr(config, name, None) for name in _ACTIVATIONS]
-    activation = next((name for name in names if isinstance(name, str) and name in ACT2FN), "gelu")
-    rates = [getattr(config, name, None) for name in _DROPOUTS]
-    dropout = next((rate for rate in rates if isinstance(rate, float)), 0.0)
+def _architecture(model: Any, kind: str, layers: tuple[FoundLayers, ...], refused: dict[str, str]) -> FoundArchitecture:
     base = getattr(model, "base_model", model)
-    lines = "; ".join(_line(found, chain) for found, chain in zip(layers, chains, strict=True))
+    lines = "; ".join(map(_line, layers))
     aside = "".join(
         f"; {name} stays as it is: {reason}" for name, reason in refused.items() if "not called" not in reason
     )
     return FoundArchitecture(
         model_types=(kind,),
         layers=layers,
-        activation=Constant(activation),
-        dropout=Constant(float(dropout)),
-        hidden_size=Constant(chains[0].width),
+        activation=layers[0].activation or Constant("gelu"),
+        dropout=layers[0].dropout or Constant(0.0),
+        hidden_size=layers[0].hidden_size,
         head_modules=("pooler",) if isinstance(getattr(base, "pooler", None), nn.Module) else (),
         objection=_Objection(layers),
         refused=refused,
@@ -306,11 +363,14 @@ def _architecture(
     )
 
 
-def _line(found: FoundLayers, chain: Chain) -> str:
+def _line(found: FoundLayers) -> str:
     taps: list[Tap] = list(dict.fromkeys(found.ffn_reads.taps.values.values()))  # type: ignore[attr-defined]
     ends = [tap.reads if tap.reads == tap.writes else f"{tap.reads} to {tap.writes}" for tap in taps if tap.writes]
+    count, begins = max(found.order) + 1, found.begins(None)
+    runs = f" in {len(begins) + 1} runs" if begins else ""
+    runs = f" in {len(found.order)} calls" if len(found.order) > count else runs
     return (
-        f"{found.list_name}, {len(chain.layers)} {' and '.join(found.class_names)}, H = {chain.width}, "
+        f"{found.list_name}, {count} {' and '.join(found.class_names)}{runs}, H = {found.hidden_size(None)}, "
         f"FFN {' or '.join(ends) or 'not found'}, {'in two blocks' if found.apart else 'whole'}"
-        + (", read between layers" if chain.read_between else "")
+        + (", read between layers" if found.read_between else "")
     )

@@ -9,8 +9,9 @@ from torch import nn
 
 from ...adapters import FfnTap
 from ...insertion import make_adapters
+from ...layer_lists import find_layers
 from ...state import unwrap
-from ...targets import find_layers, find_spec, modules_to_train, parts_named
+from ...targets import find_spec, modules_to_train, parts_named
 from .base import Budget, Rival
 
 
@@ -22,14 +23,14 @@ def bottleneck(model: Any, budget: Budget) -> nn.Module:
     """Twice MEFT's rank, for MEFT has two adapters a layer."""
     config = dataclasses.replace(budget.config, rank=2 * budget.config.rank)
     spec = find_spec(model, config)
-    lists = find_layers(unwrap(model), spec)
+    lists = find_layers(unwrap(model), spec, config.stacks)
     trained = modules_to_train(model, lists, spec, config)
     model.requires_grad_(False)
     for part in parts_named(model, trained):
         part.requires_grad_(True)
     for found in lists:
         for layer in found.layers:
-            adapter = make_adapters(layer, found.hidden_size, model, spec, config)["ffn"]
+            adapter = make_adapters(layer, found.spec, found.hidden_size, model, spec, config)["ffn"]
             layer.add_module("bottleneck", adapter)
             FfnTap(adapter, _AlwaysOn()).follow(found.spec.ffn_reads(layer), found.spec.ffn_writes(layer))
     return model

@@ -7,8 +7,9 @@ from typing import Any
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from ...layer_lists import find_layers
 from ...packages import require
-from ...targets import find_layers, find_spec
+from ...targets import find_spec
 from .base import Budget, Rival, UnavailableRivalError, is_causal
 
 # Each family's keys and values, fused where it fuses them.
@@ -25,7 +26,7 @@ def targets(model: Any, budget: Budget) -> tuple[list[str], list[str]]:
     spec = find_spec(model, budget.config)
     attention, feedforward = [], []
     names = {id(module): name for name, module in model.named_modules()}
-    for found in find_layers(model, spec):
+    for found in find_layers(model, spec, budget.config.stacks):
         for layer in found.layers:
             writes = found.spec.ffn_writes(layer)
             inner = [m for m in writes.modules() if isinstance(m, nn.Linear | Conv1D)]

@@ -16,9 +16,10 @@ from torch.utils.checkpoint import get_device_states, set_device_states
 
 from ...architectures import LayerSpec
 from ...config import MeftConfig
+from ...layer_lists import find_layers
 from ...memory import shortened
 from ...state import unwrap
-from ...targets import find_layers, find_spec
+from ...targets import find_spec
 from .base import UnavailableRivalError
 
 Forward = Callable[[torch.Tensor], torch.Tensor]
