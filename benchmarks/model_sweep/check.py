@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import meft_kernels
-from meft_kernels import MeftConfig, UnsupportedModelError
+from meft_kernels import MeftConfig, ReversibleUsageError, UnsupportedModelError
 from meft_kernels.architectures import find_architecture
 from meft_kernels.architectures.found import FoundArchitecture, FoundLayers
 from meft_kernels.engine.tape import Observer
@@ -75,6 +75,8 @@ def _checked(model: Any, batch: dict[str, Any]) -> dict[str, Any]:
     for variant in ("meft2", "meft1", "meft3"):
         try:
             found["checks"][variant] = check(model, batch, variant, probe)
+        except ReversibleUsageError as error:
+            return {"outcome": "refused", "reason": f"in the first step: {error}"}
         except UnsupportedModelError as error:
             if variant != "meft3":
                 raise
