@@ -152,7 +152,15 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "adapter_config": {"text_hidden_size": 32, "vision_feature_layer": [0, 1], **_MOLMO2},
     },
     "muse_spark_audio": _MUSE_SOUND,
-    "muse_spark": {"audio_config": _MUSE_SOUND},
+    "muse_spark": {
+        "audio_config": _MUSE_SOUND,
+        "text_config": {
+            "num_hidden_layers": 2,
+            "layer_types": ["sliding_attention", "full_attention"],
+            "mlp_layer_types": ["dense", "sparse"],
+            "layer_rope_theta": None,
+        },
+    },
     "blt": {
         "encoder_hash_byte_group_vocab": 100,
         "encoder_config": {"hidden_size_global": 32},

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_map_only
 
 from ..config import MeftConfig
 from ..errors import ReversibleUsageError
@@ -153,7 +154,7 @@ def calibrate(stacks: Sequence[Uncalibrated], call: OwnerCall, turn: AbstractCon
                 owner.training = False  # the owner's own switch: no layer may be left out, dropout stays as it is
             device = next(owner.parameters()).device
             with torch.no_grad(), buffers_kept(owner), other_generators_kept(), seeded(0, device):
-                call.repeat(copies_of_caches(call.named))
+                call.repeat(_copies(call.named))
         finally:
             owner.training = training
             for stack, _ in ways:
@@ -164,3 +165,9 @@ def calibrate(stacks: Sequence[Uncalibrated], call: OwnerCall, turn: AbstractCon
             else:
                 at_most = MAX_CALIBRATED_BITS if stack.max_bits is None else min(stack.max_bits, MAX_CALIBRATED_BITS)
                 stack.arithmetic = Arithmetic(probe.fraction_bits_for(at_most, stack.label), stack.config.impl)
+
+
+def _copies(named: dict[str, Any]) -> dict[str, Any]:
+    """A call's arguments, to be called with once more: Moonshine's decoder adds positions to its encoder's states."""
+    caches = copies_of_caches(named)
+    return {n: caches[n] if n in caches else tree_map_only(torch.Tensor, torch.clone, v) for n, v in named.items()}

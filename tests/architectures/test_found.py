@@ -500,6 +500,26 @@ def test_masks_that_numpy_draws_are_those_of_the_seed() -> None:
     assert drawn == [(np.random.rand(), random.random())] * 2
 
 
+class Writes(MadeUp):
+    """Writes into what it is given, as a decoder that adds positions to its encoder's states."""
+
+    def forward(self, inputs_embeds: torch.Tensor) -> Any:  # type: ignore[override]
+        inputs_embeds += 1
+        return BaseModelOutput(last_hidden_state=self.out(self.run(self, inputs_embeds)))
+
+
+def test_a_model_that_writes_into_its_arguments() -> None:
+    """Calibration, which calls it once more, hands it others."""
+    model = meft_kernels.patch(
+        Writes(MadeUpConfig(vocab_size=30, hidden_size=16)), probe={"inputs_embeds": torch.zeros(1, 4, 16)}
+    )
+    given = torch.zeros(1, 4, 16)
+    with torch.no_grad():
+        first = model(inputs_embeds=given).last_hidden_state
+        assert torch.equal(given, torch.ones(1, 4, 16))
+        assert torch.equal(model(inputs_embeds=torch.zeros(1, 4, 16)).last_hidden_state, first)
+
+
 class Square(Layer):
     """Its FFN is as wide as its hidden states."""
 
