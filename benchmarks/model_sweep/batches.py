@@ -79,8 +79,8 @@ def batches(model: Any) -> list[tuple[str, Callable[[], Batch]]]:
         found.append(("patches", lambda: _patches(known, channels, patch)))
         for name in ("grid_thw", "image_grid_thw"):
             if name in known:
-                found += [("grid", lambda name=name, v=v: {"pixel_values": v, name: grid}) for v in (flat, still)]
-                found.append(("squares", lambda name=name: {"pixel_values": squares, name: grid}))
+                found += [("grid", partial(dict, {name: grid}, pixel_values=v)) for v in (flat, still)]
+                found.append(("squares", partial(dict, {name: grid}, pixel_values=squares)))
         found.append(("pairs", partial(_named, "pixel_values", ROWS, 2, channels, *size)))
     if "pixel_values_videos" in known:
         films = _whole(setting(config, "frames_per_clip", "num_frames"), 4)
@@ -91,7 +91,7 @@ def batches(model: Any) -> list[tuple[str, Callable[[], Batch]]]:
         found.append(("embeddings", lambda: {"inputs_embeds": _random(ROWS, 12, width)}))
     if "hidden_states" in known:
         width = _whole(setting(config, "hidden_size", "d_model", "embed_dim"), 32)
-        found += [("patches in a row", lambda v=v: {"hidden_states": v, "grid_thw": grid}) for v in (flat, still)]
+        found += [("patches in a row", partial(dict, hidden_states=v, grid_thw=grid)) for v in (flat, still)]
         found.append(("hidden states", lambda: {"hidden_states": _random(ROWS, 12, width)}))
     if "past_values" in known:
         length, many = _whole(setting(config, "context_length"), 32), _whole(setting(config, "num_input_channels"), 1)

@@ -88,7 +88,8 @@ def _checked(model: Any, batch: dict[str, Any]) -> dict[str, Any]:
 @contextmanager
 def _looked_at_once() -> Iterator[None]:
     """What was found of a model with a batch is found again without looking: it was unpatched in between."""
-    look_at = meft_kernels.targets.find
+    targets: Any = meft_kernels.targets
+    look_at = targets.find
     known: dict[tuple[int, int], FoundArchitecture] = {}
 
     def find(model: Any, **settings: Any) -> FoundArchitecture:
@@ -97,11 +98,11 @@ def _looked_at_once() -> Iterator[None]:
             known[key] = look_at(model, **settings)
         return known[key]
 
-    meft_kernels.targets.find = find
+    targets.find = find
     try:
         yield
     finally:
-        meft_kernels.targets.find = look_at
+        targets.find = look_at
 
 
 def _way_in(model: Any, batch: dict[str, Any]) -> tuple[dict[str, Any] | None, str | None]:

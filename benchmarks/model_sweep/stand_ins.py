@@ -12,7 +12,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.timm_wrapper import modeling_timm_wrapper
 
 
-class ImageTower(modeling_timm_wrapper.TimmWrapperPreTrainedModel):  # type: ignore[misc]
+class ImageTower(modeling_timm_wrapper.TimmWrapperPreTrainedModel):
     """One convolution."""
 
     def __init__(self, config: Any) -> None:
