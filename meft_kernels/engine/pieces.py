@@ -108,7 +108,7 @@ class AttentionInPieces:
         """
         qkv: list[torch.Tensor] = []
         for number, tile in shortened(list(enumerate(tiles))):
-            with torch.set_grad_enabled(recording):
+            with torch.set_grad_enabled(recording or torch.is_grad_enabled()):
                 x = enter(tile)
                 made = self.project(number, tile, x)
             if note is not None:
@@ -126,7 +126,7 @@ class AttentionInPieces:
         groups = self.groups_of(qkv)
         for group in range(groups):
             parts = [_heads(part, group, groups).detach().requires_grad_(recording) for part in qkv]
-            with torch.set_grad_enabled(recording):
+            with torch.set_grad_enabled(recording or torch.is_grad_enabled()):
                 out = self.core(group, parts)
             if note is not None:
                 note([out], parts)

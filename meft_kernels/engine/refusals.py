@@ -62,7 +62,7 @@ def refuse_frozen_adapters(module: nn.Module, layers: Sequence[_Layer], *, under
         raise ReversibleUsageError(
             "PEFT was put on this model after patch, and has frozen the adapters that patch inserted. Wrap first and "
             "patch then: unpatch(model) and unload PEFT, get_peft_model(model, ...), and patch(model), where both "
-            "train, or patch(model, adapters='none'), where PEFT's alone does. A trainer's peft_config= comes too late"
+            "train, or reversible(model), where PEFT's alone does. A trainer's peft_config= comes too late"
         )
     warn_once(
         logger,

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import re
 import zipfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from transformers.utils import SAFE_WEIGHTS_NAME
 
-from ..checkpoint.files import CONFIG_NAME, WEIGHTS_NAME
+from ..checkpoint.files import CONFIG_NAME
 
 _NAME = re.compile(r"checkpoint-(\d+)")
 STATE = "trainer_state.json"
@@ -29,8 +29,8 @@ def trainer_state(checkpoint: Path) -> dict[str, Any]:
     return dict(json.loads((checkpoint / STATE).read_text(encoding="utf-8")))
 
 
-def what_is_missing(checkpoint: Path) -> str | None:
-    """Why a checkpoint cannot be resumed from, None if it can.
+def what_is_missing(checkpoint: Path, weights: Iterable[str]) -> str | None:
+    """Why a checkpoint cannot be resumed from, None if it can; ``weights`` are the files of weights in a whole one.
 
     A Trainer writes ``trainer_state.json`` last, and not at once; ``transformers.get_last_checkpoint`` takes the folder
     with the highest number, whatever is in it. The other files are looked at, too: after a crash of the whole machine
@@ -50,7 +50,7 @@ def what_is_missing(checkpoint: Path) -> str | None:
             return f"its {name} is {'damaged' if (checkpoint / name).exists() else 'missing'}"
     if not (checkpoint / CONFIG_NAME).is_file():
         return f"it has no {CONFIG_NAME}"
-    for name in (WEIGHTS_NAME, SAFE_WEIGHTS_NAME):
+    for name in weights:
         try:
             with safe_open(checkpoint / name, "pt"):
                 pass

@@ -14,24 +14,21 @@ import torch
 import transformers
 
 from ..callback import MeftCallback
-from ..checkpoint.card import auto_class_for
-from ..checkpoint.load import load_adapter
-from ..checkpoint.save import save_adapter
 from ..errors import MeftError
 from ..packages import TRAIN_EXTRA, require
-from ..patching import patch
 from ..pretrained import Pretrained, find_pretrained
 from ..state import count_parameters
 from . import metrics
 from .checkpoints import STATE, find_checkpoints, trainer_state, what_is_missing
 from .data import Rows, encode, load_rows
 from .interruption import SaveAndStop
+from .methods import ADAPTER, MERGED, Method, method_for
 from .progress import ShowProgress, WriteHistory, write_history
 from .settings import Settings, absolute, check_given, differences, merge, resolve
 from .tokens import Encoder
 from .yaml_file import read_yaml, write_yaml
 
-SETTINGS, RUN, HISTORY, METRICS, ADAPTER = "settings.yaml", "run.json", "log.jsonl", "metrics.json", "adapter"
+SETTINGS, RUN, HISTORY, METRICS = "settings.yaml", "run.json", "log.jsonl", "metrics.json"
 
 
 class RunError(MeftError, ValueError):
@@ -45,8 +42,10 @@ class Outcome:
     interrupted: bool
     step: int
     metrics: dict[str, float]
-    auto_class: str
-    """What loads the result again; see :mod:`meft_kernels.auto`."""
+    uses: tuple[str, ...] = ()
+    """What loads the result again, in Python."""
+    leaves: tuple[str, ...] = ()
+    """Folders with it, in ``out``."""
 
 
 def train(given: Mapping[str, Any], out: Path, *, resume: bool, overwrite: bool, console: Any) -> Outcome:
@@ -92,13 +91,14 @@ def train(given: Mapping[str, Any], out: Path, *, resume: bool, overwrite: bool,
             f"left out: {rows.dropped} rows that are incomplete or come twice, {lost} without tokens", highlight=False
         )
     transformers.set_seed(arguments.seed)  # a new head and the adapters
-    model = patch(_load(pretrained, settings, rows), settings.meft)
-    auto_class = auto_class_for(type(model).__name__)
-    checkpoint = _last_whole(out, console) if resume else None
+    method = method_for(settings, pretrained)
+    model = method.prepare(_load(pretrained, settings, rows))
+    checkpoint = _last_whole(out, method, console) if resume else None
     trainable, total = count_parameters(model)
     console.print(
-        f"{settings.task}: {settings.model} on {settings.data.source}, {len(train_set)} texts to train on, "
-        f"{len(held_out)} held out, {arguments.device}, {trainable:,} trainable of {total:,} parameters",
+        f"{settings.method}, {settings.task}: {settings.model} on {settings.data.source}, "
+        f"{len(train_set)} texts to train on, {len(held_out)} held out, {arguments.device}, "
+        f"{trainable:,} trainable of {total:,} parameters",
         highlight=False,
         soft_wrap=True,
     )
@@ -123,21 +123,22 @@ def train(given: Mapping[str, Any], out: Path, *, resume: bool, overwrite: bool,
             console.print(f"{checkpoint.name} is the last step's: nothing is left to train", highlight=False)
             trainer.state = transformers.TrainerState.load_from_json(str(checkpoint / STATE))
             best = trainer.state.best_model_checkpoint if arguments.load_best_model_at_end else None
-            load_adapter(model, best or checkpoint)
+            method.load(model, Path(best or checkpoint))
         else:
             with stop.listening():
                 trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
             if stop.requested:
-                return Outcome(True, trainer.state.global_step, {}, auto_class)
+                return Outcome(True, trainer.state.global_step, {})
     finally:
         shown.close()
-    pretrained.tokenizer.save_pretrained(out / ADAPTER)  # before the adapter, whose config comes last
-    save_adapter(model, out / ADAPTER)
-    found = _final_metrics(trainer)
+    changed = method.finish(model)
+    method.save(model, pretrained.tokenizer, out)
+    found = _final_metrics(trainer, evaluated=not changed)
+    method.merge(model, pretrained.tokenizer, out)
     write_history(out / HISTORY, trainer.state.log_history)
     document = {"steps": trainer.state.global_step, "epochs": trainer.state.epoch, **found}
     (out / METRICS).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    return Outcome(False, trainer.state.global_step, found, auto_class)
+    return Outcome(False, trainer.state.global_step, found, tuple(method.uses(out)), method.leaves)
 
 
 def _absolute(given: dict[str, Any]) -> dict[str, Any]:
@@ -161,7 +162,7 @@ def _recorded(out: Path) -> dict[str, Any] | None:
 def _check_unused(out: Path, *, resume: bool, overwrite: bool) -> None:
     if out.exists() and not out.is_dir():
         raise RunError(f"{out} is a file, not a folder")
-    used = [path.name for path in (*find_checkpoints(out), out / ADAPTER) if path.exists()]
+    used = [path.name for path in (*find_checkpoints(out), out / ADAPTER, out / MERGED) if path.exists()]
     if used and not overwrite and not resume:
         raise RunError(
             f"{out} holds an earlier run ({', '.join(used[:3])}): go on with it with --resume, remove it with "
@@ -283,10 +284,10 @@ def _trainer(
     return trainer
 
 
-def _last_whole(out: Path, console: Any) -> Path | None:
+def _last_whole(out: Path, method: Method, console: Any) -> Path | None:
     """The checkpoint to go on from. Those that are not whole are removed: a later one could be taken for it."""
     for path in find_checkpoints(out):
-        reason = what_is_missing(path)
+        reason = what_is_missing(path, method.checkpoint_files)
         if reason is None:
             console.print(f"going on from {path.name}", highlight=False)
             return path
@@ -303,7 +304,7 @@ def _is_finished(checkpoint: Path) -> bool:
 
 def _begin(out: Path, settings: Settings, rows: Rows, *, overwrite: bool) -> None:
     if overwrite:
-        for path in (*find_checkpoints(out), out / ADAPTER):
+        for path in (*find_checkpoints(out), out / ADAPTER, out / MERGED):
             if path.exists():
                 shutil.rmtree(path)
         for name in (HISTORY, METRICS):
@@ -313,9 +314,9 @@ def _begin(out: Path, settings: Settings, rows: Rows, *, overwrite: bool) -> Non
     (out / RUN).write_text(json.dumps({"data": rows.fingerprint(), **_versions()}, indent=1) + "\n", encoding="utf-8")
 
 
-def _final_metrics(trainer: Any) -> dict[str, float]:
-    """Of the model as it is saved: the last evaluation's, unless the weights have changed since."""
+def _final_metrics(trainer: Any, *, evaluated: bool) -> dict[str, float]:
+    """Of the model as it is saved: the last evaluation's, unless the weights, or the model, have changed since."""
     last: dict[str, Any] = next((entry for entry in reversed(trainer.state.log_history) if "eval_loss" in entry), {})
-    if last.get("step") != trainer.state.global_step or trainer.args.load_best_model_at_end:
+    if not evaluated or last.get("step") != trainer.state.global_step or trainer.args.load_best_model_at_end:
         last = trainer.evaluate()
     return {name: value for name, value in last.items() if name in ("eval_loss", "eval_accuracy", "eval_perplexity")}

@@ -14,11 +14,14 @@ import torch
 import transformers
 
 from ..config import MeftConfig, no_setting, option
+from ..packages import TRAIN_EXTRA, require
 from ..pretrained import NAMES
+from ..reversible import OF_ADAPTERS, check_no_adapters
 from .sources import REVIEW_SETS
 
 Task = Literal["classification", "causal-lm"]
 TASKS: tuple[Task, ...] = ("classification", "causal-lm")
+METHODS = ("meft", "lora")
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -56,8 +59,8 @@ class DataSettings:
                 raise ValueError(f"data.{name} must be at least {least}, got {value}")
 
 
-_SECTIONS = ("data", "meft", "training")
-_TOP = ("model", "task", "dtype", *_SECTIONS)
+_SECTIONS = ("data", "meft", "lora", "training")
+_TOP = ("model", "task", "dtype", "method", "rank", "merge", *_SECTIONS)
 
 # The recipe of the demo, from single runs on MiniLM (demo/methods.py has the figures). logging_steps 1 costs nothing:
 # the engine asks the device for its checksums in every pass anyway. And so no average in the log spans an interruption.
@@ -76,6 +79,15 @@ _TRAINING: dict[str, Any] = {
 }
 _BATCH_SIZES: dict[str, tuple[int, int]] = {"classification": (16, 32), "causal-lm": (8, 8)}
 _ENCODER_MEFT = {"down_init_std": 0.05}
+_LORA = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
+# SmolLM2, 70 steps of 4 x 64 tokens of reviews: the rate at which a LoRA was compared with PEFT's own training.
+_LORA_TRAINING = {"learning_rate": 5e-4}
+_LORA_OURS = {
+    "task_type": "the task decides",
+    "peft_type": "it is a LoRA",
+    "base_model_name_or_path": "it is model",
+    "inference_mode": "the command trains",
+}
 
 _OURS = {
     "output_dir": "it is --out",
@@ -92,6 +104,7 @@ _OURS = {
 
 HARMLESS = frozenset(
     {
+        "merge",
         "meft.engine",
         "meft.reversible_layers",
         *(
@@ -123,17 +136,24 @@ class Settings:
     model: str
     task: Task
     dtype: str
+    method: str
+    merge: bool
     data: DataSettings
     meft: MeftConfig
+    lora: dict[str, Any]
+    """Of ``peft.LoraConfig``; empty where that is not the method."""
     training: dict[str, Any]
 
     def plain(self) -> dict[str, Any]:
         """As the YAML file has it; :func:`check_given` takes it back."""
         meft = self.meft.to_dict()
         meft |= {name: list(value) for name, value in meft.items() if isinstance(value, tuple)}
+        if self.method == "lora":
+            meft = {name: value for name, value in meft.items() if name not in OF_ADAPTERS}
         data = dataclasses.asdict(self.data)
-        return {"model": self.model, "task": self.task, "dtype": self.dtype, "data": data, "meft": meft} | {
-            "training": dict(self.training)
+        return {
+            **{"model": self.model, "task": self.task, "dtype": self.dtype, "method": self.method, "merge": self.merge},
+            **{"data": data, "meft": meft, "lora": dict(self.lora), "training": dict(self.training)},
         }
 
 
@@ -152,11 +172,15 @@ def check_given(given: Mapping[str, Any], where: str) -> dict[str, Any]:
             made[section] = {}
         elif not isinstance(value, Mapping):
             raise ValueError(f"{where}: {section} is a section of settings, not {value!r}")
-    for name, choices in (("task", TASKS), ("dtype", DTYPES)):
+    for name, choices in (("task", TASKS), ("dtype", DTYPES), ("method", METHODS)):
         if made.get(name) is not None and made[name] not in choices:
             raise ValueError(f"{name} is one of {', '.join(choices)}, not {made[name]!r}")
     if not isinstance(made.get("model"), str | None):
         raise ValueError(f"{where}: model is a name, a folder or a hub id, not {made['model']!r}")
+    if not isinstance(made.get("merge"), bool | None):
+        raise ValueError(f"{where}: merge is true or false, not {made['merge']!r}")
+    if made["lora"]:
+        _check_lora(made["lora"], where)
     for section, cls in (
         ("data", DataSettings),
         ("meft", MeftConfig),
@@ -173,13 +197,27 @@ def check_given(given: Mapping[str, Any], where: str) -> dict[str, Any]:
     return made
 
 
+def _check_lora(given: Mapping[str, Any], where: str) -> None:
+    config = require("peft", TRAIN_EXTRA).LoraConfig
+    for name in given:
+        if name in _LORA_OURS:
+            raise ValueError(f"{where}: lora.{name} cannot be set: {_LORA_OURS[name]}")
+    _check_names(given, [f.name for f in dataclasses.fields(config)], f"{where}, section lora")
+
+
 def merge(*layers: Mapping[str, Any]) -> dict[str, Any]:
     """Settings over settings: later ones win, section by section."""
     made: dict[str, Any] = {section: {} for section in _SECTIONS}
     for layer in layers:
+        if layer.get("rank") is not None:  # the method's, which another layer may have in its section
+            made = {**made, "meft": _without(made["meft"], "rank"), "lora": _without(made["lora"], "r")}
         for name, value in layer.items():
             made[name] = {**made[name], **value} if name in _SECTIONS else value
     return made
+
+
+def _without(section: Mapping[str, Any], name: str) -> dict[str, Any]:
+    return {key: value for key, value in section.items() if key != name}
 
 
 def resolve(given: Mapping[str, Any], task: Task, *, encoder: bool) -> Settings:
@@ -195,17 +233,35 @@ def resolve(given: Mapping[str, Any], task: Task, *, encoder: bool) -> Settings:
     """
     batch, eval_batch = _BATCH_SIZES[task]
     sizes = {"per_device_train_batch_size": batch, "per_device_eval_batch_size": eval_batch}
-    meft = MeftConfig(**{**(_ENCODER_MEFT if encoder else {}), **given["meft"]})
-    if meft.adapters == "none":
-        raise ValueError("meft.adapters 'none' leaves nothing to train: it is for models that PEFT has wrapped")
+    method, merged = given.get("method") or "meft", bool(given.get("merge"))
+    rank, asked = given.get("rank"), given.get("lora") or {}
+    lora: dict[str, Any] = {}
+    if method == "lora":
+        check_no_adapters({name: value for name, value in given["meft"].items() if value is not None}, "method lora")
+        meft = MeftConfig(adapters="none", **given["meft"])
+        lora = {**_LORA, **asked, **({} if rank is None else {"r": rank})}
+    else:
+        if asked or merged:
+            what = "merge" if merged else f"lora.{next(iter(asked))}"
+            raise ValueError(f"{what} is for method lora: adapters of MEFT cannot be merged")
+        ranked = {} if rank is None else {"rank": rank}
+        meft = MeftConfig(**{**(_ENCODER_MEFT if encoder else {}), **given["meft"], **ranked})
+        if meft.adapters == "none":
+            raise ValueError(
+                "meft.adapters 'none' leaves nothing to train: method lora trains a LoRA, without adapters"
+            )
+    rate = _LORA_TRAINING if method == "lora" and not encoder else {}
     pin = {"dataloader_pin_memory": torch.cuda.is_available()}  # torch warns where there is nothing to pin for
     return Settings(
         model=given["model"],
         task=task,
         dtype=given.get("dtype") or "float32",
+        method=method,
+        merge=merged,
         data=DataSettings(**given["data"]),
         meft=meft,
-        training={**_TRAINING, **sizes, **pin, **given["training"]},
+        lora=lora,
+        training={**_TRAINING, **rate, **sizes, **pin, **given["training"]},
     )
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import nn
 
 import meft_kernels
 
@@ -62,3 +63,18 @@ def assert_exact(witnesses: list[StreamWitness]) -> None:
         assert witness.before.keys() == witness.equal.keys()
         assert witness.equal, "no layer was reversible"
         assert all(witness.equal.values()), witness.equal
+
+
+def everything_of(model: nn.Module) -> list[Any]:
+    """What a model is: its attributes by identity, its tensors by value, its hooks and modes."""
+    found: list[Any] = []
+    for module in model.modules():
+        for name, value in vars(module).items():
+            if isinstance(value, dict):
+                found.append((name, [(key, id(each)) for key, each in value.items()]))
+            else:
+                found.append((name, id(value) if not isinstance(value, bool | int | str) else value))
+        for tensor in (*module._parameters.values(), *module._buffers.values()):
+            if tensor is not None:
+                found.append((tensor.requires_grad, tensor.grad is None, tensor.double().sum().item()))
+    return found

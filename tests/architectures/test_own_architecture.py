@@ -20,6 +20,7 @@ from meft_kernels.architectures import find_architecture, registry
 
 from ..models import VARIANTS, StreamWitness, worst_error
 from .exactness import FP32_BOUND, assert_exact, patched, step
+from .written import spec_of
 from .zoo import batch_for, tiny
 
 GUIDE = Path(meft_kernels.__file__).parent / "architectures" / "README.md"
@@ -244,8 +245,7 @@ def test_a_layer_that_returns_a_tuple_of_one(tmp_path: Path) -> None:
 @pytest.mark.parametrize("wrong", ["ffn_writes", "layerdrop", "post_norm", "activation"])
 def test_a_spec_that_does_not_fit_changes_nothing(wrong: str) -> None:
     """The commonest mistake of somebody who follows the guide."""
-    spec = find_architecture("gpt2")
-    assert spec is not None
+    spec = spec_of("gpt2")
     broken = {
         "ffn_writes": lambda layer: layer.mlp.c_proj if layer.attn.layer_idx < 2 else layer.nope,
         "layerdrop": lambda config: config.nope,
@@ -268,8 +268,7 @@ def test_a_spec_that_does_not_fit_changes_nothing(wrong: str) -> None:
 
 
 def test_a_pickle_whose_family_is_not_registered_says_so() -> None:
-    spec = find_architecture("gpt2")
-    assert spec is not None
+    spec = spec_of("gpt2")
     meft_kernels.register_architecture(dataclasses.replace(spec, model_types=("mine-too",)))
     model = tiny("gpt2")
     model.config.model_type = "mine-too"

@@ -18,35 +18,30 @@ from .zoo import ZOO, batch_for, tiny
 
 peft = pytest.importorskip("peft")
 
-METHODS: dict[str, Any] = {
-    "lora": lambda: peft.LoraConfig(r=4, target_modules="all-linear", lora_dropout=0.1),
-    "dora": lambda: peft.LoraConfig(r=4, target_modules="all-linear", use_dora=True),
-    "ia3": lambda: peft.IA3Config(target_modules="all-linear", feedforward_modules=[]),
-}
 # One of each kind: gated decoder, post-norm encoder, encoder-decoder, Conv1D, fused projections, images, experts.
 FAMILIES = ("llama", "bert", "t5", "gpt2", "phi3", "vit", "mixtral")
 
 
-def wrapped(name: str, method: str) -> Any:
+def wrapped(name: str) -> Any:
     torch.manual_seed(0)
-    config = METHODS[method]()
-    if name == "mixtral":  # experts' weights are bare parameters, on which PEFT takes neither dropout nor DoRA
+    config = peft.LoraConfig(r=4, target_modules="all-linear", lora_dropout=0.1)
+    if name == "mixtral":  # experts' weights are bare parameters, on which PEFT takes no dropout
         config.target_modules = ["q_proj", "v_proj"]
     model = peft.get_peft_model(tiny(name, dropout=0.1), config)
     with torch.no_grad():
         for key, parameter in model.named_parameters():
-            if "lora_B" in key or "ia3" in key:  # which start as the identity
+            if "lora_B" in key:  # which starts at zero
                 parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(3)) * 0.1)
     return model
 
 
 @pytest.mark.parametrize("adapters", ["none", "all"])
-@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("name", FAMILIES)
-def test_peft_inside(name: str, method: str, adapters: str) -> None:
+def test_peft_inside(name: str, adapters: str) -> None:
+    """A LoRA; PEFT's other methods: tests/scenarios/test_peft_adapters.py."""
     results = []
     for engine in ("reversible", "autograd"):
-        model = wrapped(name, method)
+        model = wrapped(name)
         of_peft = {key for key, parameter in model.named_parameters() if parameter.requires_grad}
         patched(model, adapters=adapters, engine=engine).train()
         witnesses = StreamWitness.on_every_stack(model)
@@ -61,7 +56,7 @@ def test_peft_inside(name: str, method: str, adapters: str) -> None:
 
 
 def test_peft_without_our_adapters_computes_what_peft_does_up_to_the_leak() -> None:
-    model = wrapped("llama", "lora").eval()
+    model = wrapped("llama").eval()
     batch = batch_for(model.get_base_model())
     with torch.no_grad():
         expected = model(**batch).logits
@@ -99,12 +94,12 @@ def test_a_soft_prompt_counts_as_trainable(capsys: pytest.CaptureFixture[str]) -
 
 
 def test_what_peft_does_not_save_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    model = meft_kernels.patch(wrapped("llama", "lora"))
+    model = meft_kernels.patch(wrapped("llama"))
     assert "holds PEFT's weights and not the adapters inserted now" in caplog.text
     meft_kernels.save_adapter(model, tmp_path)
     assert "Save them with PEFT's own save_pretrained, into another folder" in caplog.text
     caplog.clear()
-    meft_kernels.patch(wrapped("llama", "lora"), adapters="none")
+    meft_kernels.patch(wrapped("llama"), adapters="none")
     assert not [record for record in caplog.records if record.levelname == "WARNING"]
 
 

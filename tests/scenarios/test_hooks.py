@@ -233,6 +233,22 @@ def test_a_trained_tensor_that_only_a_hook_knows_is_refused(kind: str, settings:
     train_step(model, batch)
 
 
+@pytest.mark.parametrize("settings", [{}, {"tile": 4}, {"tile": 4, "attention": "pieces"}])
+def test_it_is_refused_where_nothing_else_trains_in_the_layer(settings: dict[str, Any]) -> None:
+    """Such a layer is not recorded, and the head's gradient would hide that the vector has none."""
+    model = tiny_llama().requires_grad_(False)
+    model.lm_head.weight.requires_grad_(True)
+    meft_kernels.patch(model, adapters="none", fraction_bits=16, **settings).train()
+    vector = nn.Parameter(torch.full((64,), 0.1))
+    handle = model.model.layers[1].mlp.register_forward_hook(Steer(vector))
+    with pytest.raises(ReversibleUsageError, match=r"needs a gradient takes part in model\.layers\.1"):
+        model(**tiny_batch(model))
+    with torch.no_grad():
+        model(**tiny_batch(model))
+    handle.remove()
+    train_step(model, tiny_batch(model))
+
+
 @pytest.mark.parametrize("kind", ["parameter", "buffer", "view of its own parameter"])
 def test_a_trained_tensor_of_the_layer_may_be_used_by_a_hook(kind: str) -> None:
     def act(model: nn.Module) -> Outcome:

@@ -1,5 +1,6 @@
-"""Specs found, not written: of models for which there is no family file."""
+"""Specs for models that nobody wrote a file for: found in a model's structure, and proven on the model itself."""
 
 from .spec import FoundArchitecture, FoundLayers, find
+from .without_data import find_on_a_copy, has_no_data
 
-__all__ = ["FoundArchitecture", "FoundLayers", "find"]
+__all__ = ["FoundArchitecture", "FoundLayers", "find", "find_on_a_copy", "has_no_data"]

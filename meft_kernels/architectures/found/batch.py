@@ -83,6 +83,7 @@ def _ids(model: Any, tokens: int, generator: torch.Generator) -> torch.Tensor:
 def _texts(model: Any, generator: torch.Generator) -> Iterator[torch.Tensor]:
     for tokens in TOKENS:
         yield _ids(model, tokens, generator)
+    yield _ids(model, TOKENS[0], generator).unsqueeze(1).repeat(1, 2, 1)  # of a multiple choice
 
 
 def pair(value: Any, default: int) -> tuple[int, int]:

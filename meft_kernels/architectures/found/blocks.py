@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from .taps import is_norm
+from .nothing import Nothing
+from .taps import Tap, is_norm
 from .trace import Call, first_tensor
 
 Kind = tuple[str, tuple[str, ...]]
@@ -63,7 +64,7 @@ class LeftOut:
         if self.residual is None:
             rows = hidden_states.shape[:-1]
             shape = (rows.numel(),) if self.flat else tuple(rows)
-            hidden_states = hidden_states.new_zeros(*shape, self.width)
+            hidden_states = Nothing.like(hidden_states, (*shape, self.width))
         return hidden_states if self.outputs is None else (hidden_states, *[None] * (self.outputs - 1))
 
 
@@ -119,18 +120,19 @@ Cut = tuple[tuple[LeftOut, ...], tuple[LeftOut, ...]]
 """What a layer's attention block leaves out, and what its MLP block does."""
 
 
-def cuts(parts: list[Call], ffn: str, layer: Call) -> list[Cut]:
+def cuts(parts: list[Call], tap: Tap, layer: Call, *, post_norm: bool) -> list[Cut]:
     """Ways to take a layer apart, likeliest first.
 
     Args:
         parts: calls of its modules, in time.
-        ffn: path of the module that the FFN writes.
+        tap: its FFN.
         layer: its own call.
+        post_norm: whether the layer ends in a norm of all its output.
     """
     assert layer.given is not None
     shape = layer.given.shape
     direct = [part for part in _outermost(parts) if _has_weights(part) and _gives(part, shape)]
-    end = next((part for part in direct if f"{ffn}.".startswith(f"{part.name}.")), None)
+    end = next((part for part in direct if f"{tap.writes}.".startswith(f"{part.name}.")), None)
     weighty = [part for part in direct if not is_norm(part.module)]
     if end is None or end not in weighty or len({part.name for part in direct}) < len(direct):
         return []
@@ -141,18 +143,33 @@ def cuts(parts: list[Call], ffn: str, layer: Call) -> list[Cut]:
     norms = [part for part in direct if is_norm(part.module)]
     after = [part for part in norms if part.start > end.end]
     between = [part for part in norms if part.end < end.start and part.start > mixers[0].start]
+    opening = _opening(parts, tap, end)
     heads = [
-        _left_out(ffns, None, shape),
-        _left_out(ffns, None, shape, after),
-        _left_out(ffns, mixers[-1].returned, shape),
+        None if left_out is None else (*opening, *left_out)
+        for left_out in (
+            _left_out(ffns, None, shape),
+            _left_out(ffns, None, shape, after),
+            _left_out(ffns, mixers[-1].returned, shape),
+        )
     ]
     tails = [
         _left_out(mixers, None, shape),
         _left_out(mixers, None, shape, between),
         _left_out(mixers, layer.entered, shape),
     ]
-    ways = [(head, tail) for head in heads for tail in tails if head is not None and tail is not None]
-    return list(dict.fromkeys(ways))
+    # A part that is given the residual adds it itself; else it is the norm of the sum that a post-norm layer ends in.
+    order = (2, 1, 0) if post_norm else (2, 0, 1)
+    ways = [(heads[i], tails[j]) for i in order for j in order]
+    return list(dict.fromkeys((head, tail) for head, tail in ways if head is not None and tail is not None))
+
+
+def _opening(parts: list[Call], tap: Tap, end: Call) -> tuple[LeftOut, ...]:
+    """The part with the FFN's first linear, where it is another than ``end``, with the last: wide, and for nothing."""
+    first = next((part for part in _outermost(parts) if f"{tap.reads}.".startswith(f"{part.name}.")), None)
+    if first is None or first.start >= end.start or first.given is None or first.returned is None:
+        return ()
+    flat = first.returned.dim() < first.given.dim()
+    return (LeftOut(first.name, None, None, first.returned.shape[-1], flat),)
 
 
 def _outermost(parts: list[Call]) -> list[Call]:

@@ -209,7 +209,7 @@ def _refuse_changed(pair: tuple[Call, Call]) -> None:
     by = f" (by {', '.join(list(glue)[:4])})" if glue else ""
     raise NoChain(
         f"hidden states change between {before.name} and {after.name}{by}: states are injected between layers, or the "
-        "model's own code works on them"
+        f"model's own code works on them (frozen_layers={after.name.rpartition('.')[2]} leaves what is below as it is)"
     )
 
 

@@ -3,6 +3,10 @@
 A layer must give the same bits again from the same arguments, and the gradient that reaches its hidden states in the
 model's own backward must be the one that its outputs' gradients give through the layer alone. What a layer has from
 elsewhere (a state that it keeps, a cache, keys and values that others hand it in a box) fails one or the other.
+
+One layer of a kind is held to it, the last, to which the backward is shortest; what a kind is says :mod:`.alike`, which
+looks at every layer's graph. With so few tokens a call costs what the weights do that it reads: with every layer called
+again, the proof took as long as ten forwards.
 """
 
 from __future__ import annotations
@@ -10,21 +14,18 @@ from __future__ import annotations
 import math
 from collections import UserDict
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from ...modules import modules_of
+from .alike import Unproven, outputs_of
 from .blocks import Cut, LeftOut, cuts, without
-from .chains import Chain
 from .taps import Tap
-from .trace import Call, Trace, first_tensor, parameter_names
+from .trace import Call, first_tensor, parameter_names
 
 _NOT_OUTPUTS = ("past_key_values", "hidden_states", "attentions", "encoder_hidden_states", "cache_params", "state")
-
-
-class Unproven(Exception):
-    """What was found does not hold; says what, and where."""
 
 
 def arguments_of(call: Call) -> dict[str, Any]:
@@ -42,48 +43,19 @@ def arguments_of(call: Call) -> dict[str, Any]:
     return {**kwargs, **{name: type(call.boxes[name])(kwargs[name]) for name in boxes}}
 
 
-def again(call: Call, kwargs: dict[str, Any], hidden_states: torch.Tensor) -> Any:
-    """The layer called once more."""
-    return call.module.forward(hidden_states, **kwargs)
-
-
-def prove_layers(chain: Chain, seen: Trace, first: int) -> None:
-    """Hold every layer of a list from ``first`` on to what the engine asks of it.
-
-    Raises:
-        Unproven: one of them is not a function of its arguments.
-    """
-    calls = chain.calls[first:]
-    gradients = _gradients(calls, seen.output)
-    for call in calls:
-        _prove(call, gradients)
-        _prove_repeats(call)
-
-
-class _Gradients(dict[int, "torch.Tensor | None"]):
-    """By ``id`` of the tensor."""
-
-
-def _gradients(calls: list[Call], output: Any) -> _Gradients:
-    """What reaches every layer's hidden states, going in and coming out, from something that all outputs make up."""
-    tensors = [tensor for call in calls for tensor in _ends(call)]
-    unique = list({id(tensor): tensor for tensor in tensors if tensor.requires_grad}.values())
+def gradients_at(calls: list[Call], output: Any) -> Gradients:
+    """What reaches these layers' hidden states, going in and coming out, from something that all outputs make up."""
+    tensors = [tensor for call in calls for tensor in (call.entered, *outputs_of([call.output, call.written]))]
+    unique = list({id(tensor): tensor for tensor in tensors if tensor is not None and tensor.requires_grad}.values())
     total = _sum_of(output)
-    found: tuple[torch.Tensor | None, ...] = ()
+    found: tuple[torch.Tensor | None, ...] = (None,) * len(unique)
     if unique and total is not None and total.requires_grad:
-        found = torch.autograd.grad(total, unique, allow_unused=True, retain_graph=True)
-    if all(gradient is None for gradient in found):
-        raise Unproven("no gradient goes from the model's outputs to its layers (they run under no_grad?)")
-    return _Gradients({id(tensor): gradient for tensor, gradient in zip(unique, found, strict=True)})
+        found = torch.autograd.grad(total, unique, allow_unused=True)
+    return Gradients({id(tensor): gradient for tensor, gradient in zip(unique, found, strict=True)})
 
 
-def _ends(call: Call) -> list[torch.Tensor]:
-    assert call.entered is not None
-    return [call.entered, *_outputs(call.output), *_outputs(call.written)]
-
-
-def _outputs(output: Any) -> list[torch.Tensor]:
-    return [leaf for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor) and leaf.requires_grad]
+class Gradients(dict[int, "torch.Tensor | None"]):
+    """By ``id`` of the tensor."""
 
 
 def _sum_of(output: Any) -> torch.Tensor | None:
@@ -111,34 +83,90 @@ def _floats(output: Any) -> Iterator[torch.Tensor]:
             yield from _floats(value)
 
 
-def _prove(call: Call, gradients: _Gradients) -> None:
-    from ...engine.arguments import caches_in
+def prove(call: Call, gradients: Gradients) -> None:
+    """Hold a layer to what the engine asks of it: the same bits again, in training too, and no other way for gradients.
 
-    assert call.entered is not None and call.value is not None
+    Args:
+        call: the layer's.
+        gradients: what went through it in the model's own backward.
+
+    Raises:
+        Unproven: it is not a function of its arguments.
+    """
+    assert call.value is not None
+    # Refused elsewhere where layers are checkpointed, so that it does not matter what they would do.
+    trains = not getattr(call.module, "gradient_checkpointing", False)
+    trained = _again(call, training=True) if trains else None
+    repeated = trained
+    if repeated is None or not _equal(repeated, call.value):
+        repeated = _again(call)
+    if not _equal(repeated, call.value):
+        raise Unproven(
+            f"{call.name} gives something else when it is called again{_without_cache(call)} with the same arguments: "
+            "it keeps a state, or computes in another way each time"
+        )
+    _prove_gradients(call, repeated, gradients)
+    if trained is None or trained is repeated:
+        return
+    value = first_tensor(trained.output)
+    if value is None or not _equal(_again(call, training=True), value):
+        raise Unproven(
+            f"{call.name} in training gives something else each time from the same random numbers: it draws them from "
+            "a generator of its own, or keeps a state"
+        )
+
+
+class _Again(NamedTuple):
+    """A layer called once more, from a leaf."""
+
+    leaf: torch.Tensor
+    output: Any
+    written: list[Any]
+    """What it put into its boxes."""
+
+
+def _again(call: Call, *, training: bool = False) -> _Again:
+    from ...engine.replay import seeded
+    from ...engine.surroundings import buffers_kept
+
+    assert call.entered is not None
     leaf = call.entered.detach().requires_grad_()
     kwargs = arguments_of(call)
     before = {name: dict(kwargs[name]) for name, box in call.boxes.items() if isinstance(box, dict | UserDict)}
-    with torch.enable_grad():
-        output = again(call, kwargs, leaf.view_as(leaf))
-    made = first_tensor(output)
-    if made is None or not torch.equal(made, call.value):
-        handed = {**dict(zip(parameter_names(call.module), call.args, strict=False)), **call.kwargs}
-        cache = " without its cache" if any(v is not None for v in caches_in(handed).values()) else ""
-        raise Unproven(
-            f"{call.name} gives something else when it is called again{cache} with the same arguments: it keeps a "
-            "state, or computes in another way each time"
-        )
+    modes = [(part, part.training) for part in modules_of(call.module)]
+    try:
+        call.module.train(training)
+        with torch.enable_grad(), buffers_kept(call.module), seeded(0 if training else None, leaf.device):
+            output = call.module.forward(leaf.view_as(leaf), **kwargs)
+    finally:
+        for part, mode in modes:
+            part.training = mode
     written = [v for name, held in before.items() for k, v in kwargs[name].items() if v is not held.get(k)]
-    then, now = _outputs([call.output, call.written]), _outputs([output, written])
+    return _Again(leaf, output, written)
+
+
+def _equal(again: _Again, value: torch.Tensor) -> bool:
+    made = first_tensor(again.output)
+    return made is not None and torch.equal(made, value)
+
+
+def _without_cache(call: Call) -> str:
+    from ...engine.arguments import caches_in
+
+    handed = {**dict(zip(parameter_names(call.module), call.args, strict=False)), **call.kwargs}
+    return " without its cache" if any(cache is not None for cache in caches_in(handed).values()) else ""
+
+
+def _prove_gradients(call: Call, again: _Again, gradients: Gradients) -> None:
+    then, now = outputs_of([call.output, call.written]), outputs_of([again.output, again.written])
     if len(then) != len(now):
         raise Unproven(f"{call.name} returns {len(now)} tensors when it is called again, {len(then)} before")
     incoming = [gradients.get(id(tensor)) for tensor in then]
     flows = [(out, gradient) for out, gradient in zip(now, incoming, strict=True) if gradient is not None]
     if not flows:
         raise Unproven(f"nothing that the model returns depends on what {call.name} gives")
-    (found,) = torch.autograd.grad([out for out, _ in flows], [leaf], [g for _, g in flows], allow_unused=True)
-    expected = gradients.get(id(call.entered))
-    if not _close(found, expected):
+    (found,) = torch.autograd.grad([out for out, _ in flows], [again.leaf], [g for _, g in flows], allow_unused=True)
+    if not _close(found, gradients.get(id(call.entered))):
         raise Unproven(
             f"gradients go another way through {call.name} than from what it returns to what it is given: what it "
             "computes is read elsewhere (keys and values shared across layers, say)"
@@ -157,52 +185,27 @@ def _close(found: torch.Tensor | None, expected: torch.Tensor | None) -> bool:
     return off <= math.sqrt(torch.finfo(expected.dtype).eps) * float(expected.double().norm())
 
 
-def _prove_repeats(call: Call) -> None:
-    """In training, too, the global generators decide all that is random in it."""
-    from ...engine.replay import seeded
-
-    module = call.module
-    if getattr(module, "gradient_checkpointing", False):
-        return  # refused elsewhere
-    modes = [(part, part.training) for part in module.modules()]
-    assert call.entered is not None
-    try:
-        module.train()
-        made = []
-        for _ in range(2):
-            with torch.no_grad(), seeded(0, call.entered.device):
-                made.append(first_tensor(again(call, arguments_of(call), call.entered.detach())))
-    finally:
-        for part, mode in modes:
-            part.training = mode
-    if made[0] is None or made[1] is None or not torch.equal(made[0], made[1]):
-        raise Unproven(
-            f"{call.name} in training gives something else each time from the same random numbers: it draws them from "
-            "a generator of its own, or keeps a state"
-        )
-
-
-def prove_cut(call: Call, parts: list[Call], tap: Tap, *, by_rows: bool) -> Cut | None:
+def prove_cut(call: Call, parts: list[Call], tap: Tap, *, post_norm: bool) -> Cut | None:
     """How a layer can be taken apart into an attention block and an MLP block, bit for bit.
 
     Args:
         call: the layer's.
         parts: the calls of its modules, in time.
         tap: its FFN.
-        by_rows: whether to see, too, that the MLP block computes every row for itself; once for a kind of layers.
+        post_norm: whether the layer ends in a norm of all its output, which makes a difference to where to begin.
     """
     if tap.writes == "":
         return None
-    for attention, mlp in cuts(parts, tap.writes, call):
+    for attention, mlp in cuts(parts, tap, call, post_norm=post_norm):
         try:
-            if _cut_holds(call, attention, mlp, by_rows):
+            if _cut_holds(call, attention, mlp):
                 return attention, mlp
         except Exception:  # a layer's own code may do anything with what a part left out gives
             continue
     return None
 
 
-def _cut_holds(call: Call, attention: tuple[LeftOut, ...], mlp: tuple[LeftOut, ...], by_rows: bool) -> bool:
+def _cut_holds(call: Call, attention: tuple[LeftOut, ...], mlp: tuple[LeftOut, ...]) -> bool:
     assert call.entered is not None and call.value is not None
     forward = type(call.module).forward
     hidden_states = call.entered.detach()
@@ -217,19 +220,19 @@ def _cut_holds(call: Call, attention: tuple[LeftOut, ...], mlp: tuple[LeftOut, .
             return False
         if torch.equal(attended, hidden_states) or not _same_extras(output, call.output):
             return False
-        for rows in _some_rows(attended) if by_rows else []:
-            part = first_tensor(forward(without(call.module, mlp), attended[rows], **arguments_of(call)))
-            if not _rows_agree(rows, rebuilt, part):
-                return False
-        return True
+        rows = _some_rows(attended)
+        if rows is None:
+            return True
+        part = first_tensor(forward(without(call.module, mlp), attended[rows], **arguments_of(call)))
+        return _rows_agree(rows, rebuilt, part)
 
 
-def _some_rows(hidden_states: torch.Tensor) -> list[Any]:
-    """Tiles as the engine cuts them: of a part of one text, and of whole texts."""
+def _some_rows(hidden_states: torch.Tensor) -> Any:
+    """A tile as the engine cuts them, whose rows must come out as among all of them; None where it cuts none."""
     if hidden_states.dim() not in (2, 3):
-        return []  # never cut
+        return None
     few = slice(0, max(1, hidden_states.shape[-2] // 2))
-    return [few] if hidden_states.dim() == 2 else [(slice(0, 1), few), (slice(0, 1), slice(None))]
+    return few if hidden_states.dim() == 2 else (slice(0, 1), few)
 
 
 def _rows_agree(rows: Any, whole: torch.Tensor, part: torch.Tensor | None) -> bool:

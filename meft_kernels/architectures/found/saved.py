@@ -82,6 +82,7 @@ def from_plain(value: Any) -> FoundLayers:
             hidden_size=Constant(int(value["hidden_size"])),
             read_between=bool(value["read_between"]),
             boxes=tuple(map(str, value["boxes"])),
+            blocks_compile=False,
             begins=Constant(tuple(map(int, value["begins"]))),
             list_name=str(value["list"]),
             tapped=all(tap.writes != "" for tap in taps.values.values()),

@@ -16,15 +16,16 @@ from ...errors import UnsupportedModelError
 from ...modules import owner_of
 from ...selection import choose, is_meant
 from ..spec import ArchitectureSpec, LayerSpec
-from .backbone import activation_of, dropout_of, layerdrop_of
+from .alike import Unproven, kinds_of
 from .batch import made_up
 from .blocks import ByKind, Kind, Whole, Without, kind_of
 from .chains import Chain, NoChain, find_chains, layer_lists
-from .proof import Unproven, prove_cut, prove_layers
+from .config import HEADS, activation_of, dropout_of, layerdrop_of
+from .proof import Gradients, gradients_at, prove, prove_cut
 from .saved import Differs, taken_up
-from .surroundings import untouched
 from .taps import Tap, ends_in_norm, find_tap, leading_to
-from .trace import Trace, trace
+from .trace import Call, Trace, trace
+from .untouched import untouched
 
 if TYPE_CHECKING:
     from ...config import MeftConfig
@@ -95,9 +96,11 @@ class _Objection:
 
     def __call__(self, config: Any, settings: MeftConfig) -> str | None:
         whole = [layers.list_name for layers in self.layers if not layers.apart]
-        if settings.variant == "meft3" and (whole or settings.compile_layers):
-            what = f"layers of {whole[0]} could not be taken apart" if whole else "layers taken apart are not compiled"
-            return f"meft3 couples the MLP block after the attention block, and {what}: pass variant='meft1' or 'meft2'"
+        if settings.variant == "meft3" and whole:
+            return (
+                f"meft3 couples the MLP block after the attention block, and layers of {whole[0]} could not be taken "
+                "apart: pass variant='meft1' or 'meft2'"
+            )
         untapped = [layers.list_name for layers in self.layers if not layers.tapped]
         if settings.adapters == "all" and untapped:
             return (
@@ -154,11 +157,7 @@ def find(
             chosen = _language_model(model, chains, refused) if wanted is None else _named(chains, wanted)
             if batch is None and not saved:
                 _refuse_unseen(model, kind, chosen)
-            for chain in chosen:
-                try:
-                    found[chain.name] = _proven(model, chain, seen, frozen_layers)
-                except (Unproven, NoChain) as reason:
-                    refused[chain.name] = str(reason)
+            found |= _all_proven(model, chosen, seen, frozen_layers, refused)
             names += [chain.name for chain in chains]
             reasons |= refused
             if chosen and (wanted is None or not _unnamed(names, wanted)):
@@ -174,6 +173,28 @@ def find(
     if not layers:
         raise unsupported(kind, [f"{name}: {reason}" for name, reason in refused.items()])
     return _architecture(model, kind, layers, refused)
+
+
+def _all_proven(
+    model: Any, chains: list[Chain], seen: Trace, first: int, refused: dict[str, str]
+) -> dict[str, FoundLayers]:
+    """The lists of which all holds; of the others ``refused`` says why."""
+    found: dict[str, FoundLayers] = {}
+    kinds: dict[str, list[list[Call]]] = {}
+    for chain in chains:
+        try:
+            kinds[chain.name] = _kinds(chain, seen, first)
+        except (Unproven, NoChain) as reason:
+            refused[chain.name] = str(reason)
+    gradients = gradients_at([alike[-1] for of_list in kinds.values() for alike in of_list], seen.output)
+    for chain in chains:
+        if chain.name not in kinds:
+            continue
+        try:
+            found[chain.name] = _proven(model, chain, seen, kinds[chain.name], gradients)
+        except (Unproven, NoChain) as reason:
+            refused[chain.name] = str(reason)
+    return found
 
 
 def _named(chains: list[Chain], wanted: tuple[str, ...]) -> list[Chain]:
@@ -264,10 +285,7 @@ def refuse_unreadable(model: nn.Module, kind: str) -> None:
         what = "distributed (DTensor)" if isinstance(parameter, DTensor) else what
         what = "partitioned by DeepSpeed ZeRO-3" if hasattr(parameter, "ds_id") else what
         if what is not None:
-            more = (
-                " (as in an estimate, a plan or a budget, which need a family file)" if what == "without data" else ""
-            )
-            raise unsupported(kind, [f"it must be run to be looked at, and its weight {name} is {what}{more}"])
+            raise unsupported(kind, [f"it must be run to be looked at, and its weight {name} is {what}"])
 
 
 def _seen(model: Any, kind: str, lists: dict[str, nn.ModuleList], batch: Mapping[str, Any] | None) -> Trace:
@@ -287,25 +305,28 @@ def _seen(model: Any, kind: str, lists: dict[str, nn.ModuleList], batch: Mapping
     )
 
 
-def _proven(model: Any, chain: Chain, seen: Trace, first: int) -> FoundLayers:
-    """One list's layers, from the first that is to be patched on held to what they seem to be."""
+def _kinds(chain: Chain, seen: Trace, first: int) -> list[list[Call]]:
+    """One list's layers, from the first that is to be patched on, by kind."""
     if len(chain.layers) <= first:
         raise NoChain(f"frozen_layers={first} leaves none of its {len(chain.layers)} layers")
     chain.read_between |= chain.caller in seen.asked
-    prove_layers(chain, seen, first)
-    return _layers_of(model, chain, seen, first)
+    return kinds_of(chain.calls[first:], seen)
 
 
-def _layers_of(model: nn.Module, chain: Chain, seen: Trace, first: int) -> FoundLayers:
-    """The spec of one list's layers."""
+def _proven(model: nn.Module, chain: Chain, seen: Trace, kinds: list[list[Call]], gradients: Gradients) -> FoundLayers:
+    """The spec of one list's layers, one of each kind held to what it seems to be."""
+    if all(gradients.get(id(call.entered)) is None for call in (alike[-1] for alike in kinds)):
+        raise Unproven("no gradient goes from the model's outputs to its layers (they run under no_grad?)")
     taps: dict[Kind, Tap] = {}
     attention: dict[Kind, Any] = {}
     mlp: dict[Kind, Any] = {}
     tapped = apart = True
-    for call in chain.calls[first:]:
+    post_norm = ends_in_norm(chain.calls[-1], _once(seen, chain.calls[-1]))
+    for call in (alike[-1] for alike in kinds):
+        prove(call, gradients)
         parts = sorted(_once(seen, call), key=lambda part: part.start)
         tap = find_tap(leading_to(call, parts), chain.width) or Tap("", "")
-        cut = prove_cut(call, parts, tap, by_rows=kind_of(call.module) not in mlp) if apart else None
+        cut = prove_cut(call, parts, tap, post_norm=post_norm) if apart else None
         tapped, apart = tapped and tap.writes != "", apart and cut is not None
         for found, value in ((taps, tap), *(((attention, cut[0]), (mlp, cut[1])) if cut else ())):
             kind = kind_of(call.module)
@@ -323,7 +344,7 @@ def _layers_of(model: nn.Module, chain: Chain, seen: Trace, first: int) -> Found
         mlp_block=Without(ByKind(mlp), bare=True) if apart else Whole(),
         ffn_reads=TapOf(by_kind, 0),
         ffn_writes=TapOf(by_kind, 1),
-        post_norm=Constant(ends_in_norm(chain.calls[-1], _once(seen, chain.calls[-1]))),
+        post_norm=Constant(post_norm),
         in_turn=Constant(apart),
         layerdrop=Constant(layerdrop_of(config, chain.name)),
         activation=Constant(activation_of(config)),
@@ -331,6 +352,7 @@ def _layers_of(model: nn.Module, chain: Chain, seen: Trace, first: int) -> Found
         hidden_size=Constant(chain.width),
         read_between=chain.read_between,
         boxes=chain.boxes,
+        blocks_compile=False,
         list_name=chain.name,
         tapped=tapped,
         apart=apart,
@@ -357,6 +379,7 @@ def _architecture(model: Any, kind: str, layers: tuple[FoundLayers, ...], refuse
         dropout=layers[0].dropout or Constant(0.0),
         hidden_size=layers[0].hidden_size,
         head_modules=("pooler",) if isinstance(getattr(base, "pooler", None), nn.Module) else (),
+        extra_heads=tuple(name for name in HEADS if name in model._modules),
         objection=_Objection(layers),
         refused=refused,
         line=f"found in {type(model).__name__} ({kind}), no family file: {lines}{aside}",

@@ -35,11 +35,11 @@ def find_tap(parts: list[Call], width: int) -> Tap | None:
     direct = {part.name: part for part in once if "." not in part.name}
     for name in _FFN_NAMES:
         if name in direct and _keeps(direct[name], width):
-            return Tap(name, name)
+            return _before_dropout(direct[name], parts)
     pair = _pair(sorted(once, key=lambda part: part.start), width)
     last = _last_that_keeps(list(direct.values()), width)
     if last is not None and (pair is None or last.end >= pair[1].end):
-        return Tap(last.name, last.name)
+        return _before_dropout(last, parts)
     return None if pair is None else Tap(pair[0].name, pair[1].name)
 
 
@@ -56,6 +56,20 @@ def leading_to(layer: Call, parts: list[Call]) -> list[Call]:
     if not seen:
         return parts
     return [part for part in parts if part.returned is not None and part.returned.grad_fn in seen]
+
+
+def _before_dropout(ffn: Call, parts: list[Call]) -> Tap:
+    """An FFN that ends in dropout is tapped before that: what the adapter adds is dropped with what the FFN gives.
+
+    So it is where dropout comes after the FFN. In chunks, each chunk is tapped.
+    """
+    inside = sorted((part for part in parts if part.name.startswith(f"{ffn.name}.")), key=lambda part: part.start)
+    last = next((part for part in reversed(inside) if isinstance(part.module, nn.Dropout)), None)
+    linear = [part for part in inside if _is_linear(part.module)]
+    if last is None or not linear or last.start < linear[-1].end or last.given is not linear[-1].returned:
+        return Tap(ffn.name, ffn.name)
+    in_chunks = sum(part.name == linear[-1].name for part in linear) > 1
+    return Tap(linear[0].name if in_chunks else ffn.name, linear[-1].name)
 
 
 def _keeps(part: Call, width: int) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import inspect
 from collections import UserDict, defaultdict
 from collections.abc import Iterable, Iterator
@@ -87,11 +88,15 @@ def first_tensor(output: Any) -> torch.Tensor | None:
     return output if isinstance(output, torch.Tensor) else None
 
 
-def parameter_names(module: nn.Module) -> list[str]:
+def parameter_names(module: nn.Module) -> tuple[str, ...]:
     """Names of the arguments that a module's forward takes by position."""
-    forward = type(module).forward
+    return _names_of(type(module).forward)
+
+
+@functools.cache
+def _names_of(forward: Any) -> tuple[str, ...]:
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    return [p.name for p in inspect.signature(forward).parameters.values() if p.kind in kinds][1:]
+    return tuple(p.name for p in inspect.signature(forward).parameters.values() if p.kind in kinds)[1:]
 
 
 def trace(model: nn.Module, batch: dict[str, Any], lists: dict[str, nn.ModuleList]) -> Trace:
@@ -114,7 +119,7 @@ class _Recorder(TorchFunctionMode):
         self._models = [id(model)]
         self._owners: dict[int, list[Call]] = defaultdict(list)
         self._clock = 0
-        self._first: dict[type, str | None] = {}
+        self._paths = {id(layer): {id(m): n for n, m in layer.named_modules()} for layer in self._children}
 
     @contextmanager
     def listening(self, model: nn.Module) -> Iterator[None]:
@@ -147,15 +152,9 @@ class _Recorder(TorchFunctionMode):
     def _model_ends(self, module: nn.Module, args: Any, output: Any) -> None:
         self._models.remove(id(module))
 
-    def _first_name(self, module: nn.Module) -> str | None:
-        cls = type(module)
-        if cls not in self._first:
-            self._first[cls] = next(iter(parameter_names(module)), None)
-        return self._first[cls]
-
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         with torch._C.DisableTorchFunction():
-            first = self._first_name(module)
+            first = next(iter(parameter_names(module)), None)
             given = args[0] if args else kwargs.get(first or "")
             call = Call(module, self._names.get(id(module), ""), args, dict(kwargs), self._tick())
             self._open.append(call)
@@ -198,24 +197,23 @@ class _Recorder(TorchFunctionMode):
 
     def _note_part(self, call: Call) -> None:
         for layer in self._open:
-            if id(layer.module) in self._names:
-                part = dataclasses.replace(call, name=_path(layer.module, call.module))
+            if (paths := self._paths.get(id(layer.module))) is not None:
+                part = dataclasses.replace(call, name=paths.get(id(call.module), ""))
                 self.parts[id(layer.module)].append(part)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if getattr(func, "__name__", "") not in _LOOKS and self._owners:
-            for tensor in _tensors((*args, *kwargs.values())):
-                self._note_reader(getattr(func, "__name__", str(func)), tensor)
+        if self._owners and getattr(func, "__name__", "") not in _LOOKS:
+            with torch._C.DisableTorchFunction():
+                for tensor in _tensors((*args, *kwargs.values())):
+                    for call in self._owners.get(_address(tensor), ()):
+                        self._note_reader(getattr(func, "__name__", str(func)), tensor, call)
         return func(*args, **kwargs)
 
-    def _note_reader(self, name: str, tensor: torch.Tensor) -> None:
-        with torch._C.DisableTorchFunction():
-            for call in self._owners.get(_address(tensor), ()):
-                if call.returned is None or call.returned.shape != tensor.shape:
-                    continue
-                layers = (other for other in self._open if id(other.module) in self._names and other.start > call.end)
-                call.readers.append((name, next(layers, None)))
+    def _note_reader(self, name: str, tensor: torch.Tensor, call: Call) -> None:
+        if call.returned is not None and call.returned.shape == tensor.shape:
+            layers = (other for other in self._open if id(other.module) in self._names and other.start > call.end)
+            call.readers.append((name, next(layers, None)))
 
 
 _LOOKS = {
@@ -247,10 +245,6 @@ def _tensors(values: Iterable[Any]) -> Iterator[torch.Tensor]:
         for each in value if isinstance(value, tuple | list) else (value,):
             if isinstance(each, torch.Tensor):
                 yield each
-
-
-def _path(layer: nn.Module, part: nn.Module) -> str:
-    return next((name for name, module in layer.named_modules() if module is part), "")
 
 
 def _boxes(call: Call) -> dict[str, Any]:

@@ -4,9 +4,7 @@ from typing import Any
 
 import torch
 
-from ..config import MeftConfig
-from .registry import register_architecture
-from .spec import ArchitectureSpec, LayerSpec
+from meft_kernels import ArchitectureSpec, LayerSpec, MeftConfig
 
 
 def _attention_block(layer: Any, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
@@ -27,22 +25,20 @@ def _objection(config: Any, settings: MeftConfig) -> str | None:
     return None
 
 
-register_architecture(
-    ArchitectureSpec(
-        model_types=("gpt_neox",),
-        layers=(
-            LayerSpec(
-                layer_class="GPTNeoXLayer",
-                attention_block=_attention_block,
-                mlp_block=_mlp_block,
-                ffn_reads=lambda layer: layer.mlp,
-                ffn_writes=lambda layer: layer.mlp,
-                in_turn=lambda config: not config.use_parallel_residual,
-            ),
+SPEC = ArchitectureSpec(
+    model_types=("gpt_neox",),
+    layers=(
+        LayerSpec(
+            layer_class="GPTNeoXLayer",
+            attention_block=_attention_block,
+            mlp_block=_mlp_block,
+            ffn_reads=lambda layer: layer.mlp,
+            ffn_writes=lambda layer: layer.mlp,
+            in_turn=lambda config: not config.use_parallel_residual,
         ),
-        activation=lambda config: config.hidden_act,
-        dropout=lambda config: config.hidden_dropout,
-        objection=_objection,
-        notes="Pythia is one; meft3 only where use_parallel_residual is off",
-    )
+    ),
+    activation=lambda config: config.hidden_act,
+    dropout=lambda config: config.hidden_dropout,
+    objection=_objection,
+    notes="Pythia is one; meft3 only where use_parallel_residual is off",
 )

@@ -4,8 +4,7 @@ from typing import Any
 
 import torch
 
-from .registry import register_architecture
-from .spec import ArchitectureSpec, LayerSpec
+from meft_kernels import ArchitectureSpec, LayerSpec
 
 
 def _attention_block(
@@ -34,20 +33,18 @@ def _mlp_block(layer: Any, hidden_states: torch.Tensor, **kwargs: Any) -> torch.
     return hidden_states + layer.mlp(layer.ln_2(hidden_states))
 
 
-register_architecture(
-    ArchitectureSpec(
-        model_types=("gpt2",),
-        layers=(
-            LayerSpec(
-                layer_class="GPT2Block",
-                attention_block=_attention_block,
-                mlp_block=_mlp_block,
-                ffn_reads=lambda layer: layer.mlp,
-                ffn_writes=lambda layer: layer.mlp.c_proj,
-            ),
+SPEC = ArchitectureSpec(
+    model_types=("gpt2",),
+    layers=(
+        LayerSpec(
+            layer_class="GPT2Block",
+            attention_block=_attention_block,
+            mlp_block=_mlp_block,
+            ffn_reads=lambda layer: layer.mlp,
+            ffn_writes=lambda layer: layer.mlp.c_proj,
         ),
-        activation=lambda config: config.activation_function,
-        dropout=lambda config: config.resid_pdrop,
-        extra_heads=("multiple_choice_head",),
-    )
+    ),
+    activation=lambda config: config.activation_function,
+    dropout=lambda config: config.resid_pdrop,
+    extra_heads=("multiple_choice_head",),
 )

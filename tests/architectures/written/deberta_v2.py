@@ -4,9 +4,7 @@ from typing import Any
 
 import torch
 
-from ..config import MeftConfig
-from .registry import register_architecture
-from .spec import ArchitectureSpec, LayerSpec
+from meft_kernels import ArchitectureSpec, LayerSpec, MeftConfig
 
 
 def _attention_block(
@@ -29,23 +27,21 @@ def _objection(config: Any, settings: MeftConfig) -> str | None:
     return None
 
 
-register_architecture(
-    ArchitectureSpec(
-        model_types=("deberta-v2",),
-        layers=(
-            LayerSpec(
-                layer_class="DebertaV2Layer",
-                attention_block=_attention_block,
-                mlp_block=_mlp_block,
-                ffn_reads=lambda layer: layer.intermediate,
-                ffn_writes=lambda layer: layer.output.dense,
-                post_norm=lambda config: True,
-            ),
+SPEC = ArchitectureSpec(
+    model_types=("deberta-v2",),
+    layers=(
+        LayerSpec(
+            layer_class="DebertaV2Layer",
+            attention_block=_attention_block,
+            mlp_block=_mlp_block,
+            ffn_reads=lambda layer: layer.intermediate,
+            ffn_writes=lambda layer: layer.output.dense,
+            post_norm=lambda config: True,
         ),
-        activation=lambda config: config.hidden_act,
-        dropout=lambda config: config.hidden_dropout_prob,
-        objection=_objection,
-        notes="DeBERTa-v3 too; its encoder holds every layer's output until forward ends; with a convolution "
-        "(v2-xlarge) frozen_layers=1 or more",
-    )
+    ),
+    activation=lambda config: config.hidden_act,
+    dropout=lambda config: config.hidden_dropout_prob,
+    objection=_objection,
+    notes="DeBERTa-v3 too; its encoder holds every layer's output until forward ends; with a convolution "
+    "(v2-xlarge) frozen_layers=1 or more",
 )
