@@ -15,6 +15,10 @@ Batch = dict[str, Any]
 ROWS = 2
 
 
+class NoBatch(Exception):
+    """The model is none for a kind of batch."""
+
+
 def _random(*shape: int) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(1))
 
@@ -42,6 +46,8 @@ def batches(model: Any) -> list[tuple[str, Callable[[], Batch]]]:
     size = pair(setting(vision, "image_size", "input_size", "pretrain_image_size"), 16)
     grid = torch.tensor([[1, 4, 4], [1, 4, 4]])
     flat = _random(32, channels * frames * patch * patch)
+    still = _random(32, channels * patch * patch)
+    squares = still.unflatten(1, (channels, patch, patch))
     found: list[tuple[str, Callable[[], Batch]]] = []
     if "input_ids" in known and "pixel_values" in known:
         images: dict[str, Batch] = {"plain": {"pixel_values": _random(ROWS, channels, *size)}}
@@ -49,21 +55,33 @@ def batches(model: Any) -> list[tuple[str, Callable[[], Batch]]]:
             images["sizes"] = {**images["plain"], "image_sizes": torch.tensor([list(size)] * ROWS)}
         if "image_grid_thw" in known:
             images["grid"] = {"pixel_values": flat, "image_grid_thw": grid}
+            images["still grid"] = {"pixel_values": still, "image_grid_thw": grid}
         images["one each"] = {"pixel_values": _random(ROWS, 1, channels, *size)}
         if "pixel_attention_mask" in known:
             images["one each"]["pixel_attention_mask"] = torch.ones(ROWS, 1, *size, dtype=torch.bool)
         images["patches"] = _patches(known, channels, patch)
         found += [(f"image and text, {name}", partial(with_images, model, known, v)) for name, v in images.items()]
-        found.append(("image and text, apart", lambda: {**_texts(model, known, 12), **images["plain"]}))
+        for name in ("plain", "one each"):
+            found.append((f"image and text, {name}, apart", partial(_apart, model, known, images[name])))
     if "input_ids" in known:
         found += [("text", lambda: _texts(model, known, 12)), ("text of 16", lambda: _texts(model, known, 16))]
         found += [("bare text", lambda: {"input_ids": _ids(16)}), ("text of 64", lambda: {"input_ids": _ids(64)})]
+        if codes := _whole(setting(config, "num_codebooks"), 0):
+            found.append(("codes", lambda: {"input_ids": _ids(12 * (codes + 1)).unflatten(1, (12, codes + 1))}))
+            if "decoder_input_ids" in known:
+                each = torch.cat([_ids(10)] * codes)
+                found.append(("text and codes", lambda: {**_texts(model, known, 12), "decoder_input_ids": each}))
+        found.append(("text and more", lambda: {**_texts(model, known, 12), **_beside(config, known, 12)}))
     elif "pixel_values" in known:
         found += [("image", partial(_named, "pixel_values", ROWS, channels, *s)) for s in (size, (64, 64), (224, 224))]
         films = _whole(setting(config, "num_frames"), 4)
         found.append(("film", lambda: {"pixel_values": _random(ROWS, films, channels, *size)}))
         found.append(("patches", lambda: _patches(known, channels, patch)))
-        found.append(("grid", lambda: {"pixel_values": flat, "grid_thw": grid}))
+        for name in ("grid_thw", "image_grid_thw"):
+            if name in known:
+                found += [("grid", partial(dict, {name: grid}, pixel_values=v)) for v in (flat, still)]
+                found.append(("squares", partial(dict, {name: grid}, pixel_values=squares)))
+        found.append(("pairs", partial(_named, "pixel_values", ROWS, 2, channels, *size)))
     if "pixel_values_videos" in known:
         films = _whole(setting(config, "frames_per_clip", "num_frames"), 4)
         found.append(("film", lambda: {"pixel_values_videos": _random(ROWS, films, channels, *size)}))
@@ -73,12 +91,57 @@ def batches(model: Any) -> list[tuple[str, Callable[[], Batch]]]:
         found.append(("embeddings", lambda: {"inputs_embeds": _random(ROWS, 12, width)}))
     if "hidden_states" in known:
         width = _whole(setting(config, "hidden_size", "d_model", "embed_dim"), 32)
-        found.append(("patches in a row", lambda: {"hidden_states": flat, "grid_thw": grid}))
+        found += [("patches in a row", partial(dict, hidden_states=v, grid_thw=grid)) for v in (flat, still)]
         found.append(("hidden states", lambda: {"hidden_states": _random(ROWS, 12, width)}))
     if "past_values" in known:
         length, many = _whole(setting(config, "context_length"), 32), _whole(setting(config, "num_input_channels"), 1)
         found.append(("series", lambda: {"past_values": _random(ROWS, length, many)}))
+        if "past_time_features" in known:
+            found.append(("series with times", partial(_series, config, length)))
     return found
+
+
+def _apart(model: Any, known: Any, images: Batch) -> Batch:
+    """Texts beside images, which are read across."""
+    batch = {**_texts(model, known, 12), **images}
+    if "image_attention_mask" in known:
+        batch["image_attention_mask"] = torch.ones(ROWS, 12, 1).long()
+    if "image_embeds_position_mask" in known:
+        places = _whole(setting(model.config, "latent_query_num"), 4)
+        batch["image_embeds_position_mask"] = torch.arange(12).expand(ROWS, -1).lt(places).long()
+    return batch
+
+
+def _beside(config: Any, known: Any, tokens: int) -> Batch:
+    """What some models want beside texts: places on a page, parts of an image, how long and loud words are."""
+    bins, seen = (
+        _whole(setting(config, "num_mel_bins", "feature_size"), 16),
+        _whole(setting(config, "visual_feat_dim"), 2048),
+    )
+    every: Batch = {
+        "bbox": torch.rand(ROWS, tokens, 4, generator=torch.Generator().manual_seed(1)),
+        "mm_token_type_ids": torch.zeros(ROWS, tokens).long(),
+        "visual_feats": _random(ROWS, 4, seen),
+        "visual_pos": torch.rand(ROWS, 4, 4),
+        "duration_labels": torch.ones(ROWS, tokens).long(),
+        "pitch_labels": _random(ROWS, tokens, 1),
+        "energy_labels": _random(ROWS, tokens, 1),
+        "spectrogram_labels": _random(ROWS, tokens, bins),
+        "input_features": _random(ROWS, bins, 64),
+    }
+    return {name: value for name, value in every.items() if name in known}
+
+
+def _series(config: Any, length: int) -> Batch:
+    """A past, a future, and the time of each."""
+    past = length + max(config.lags_sequence)
+    return {
+        "past_values": _random(ROWS, past),
+        "past_time_features": _random(ROWS, past, config.num_time_features),
+        "past_observed_mask": torch.ones(ROWS, past),
+        "future_values": _random(ROWS, config.prediction_length),
+        "future_time_features": _random(ROWS, config.prediction_length, config.num_time_features),
+    }
 
 
 def _whole(value: Any, default: int) -> int:
@@ -91,6 +154,8 @@ def _texts(model: Any, known: Any, tokens: int) -> Batch:
     """Padded, as batches are."""
     ids = _ids(tokens)
     batch: Batch = {"input_ids": ids}
+    if "qformer_input_ids" in known:
+        batch["qformer_input_ids"] = _ids(tokens)
     if "attention_mask" in known or any(p.kind == p.VAR_KEYWORD for p in known.values()):
         batch["attention_mask"] = mask = torch.ones_like(ids)
         mask[-1, tokens - 3 :] = 0
@@ -111,6 +176,9 @@ def _patches(known: Any, channels: int, patch: int) -> Batch:
     return batch
 
 
+_SOUND_MASKS = {"input_features_mask": torch.bool, "feature_attention_mask": torch.long}
+
+
 def _sounds(config: Any, known: Any) -> list[tuple[str, Callable[[], Batch]]]:
     bins = _whole(
         setting(config, "num_mel_bins", "feature_projection_input_dim", "input_feat_per_channel", "n_mels"), 16
@@ -127,7 +195,14 @@ def _sounds(config: Any, known: Any) -> list[tuple[str, Callable[[], Batch]]]:
         found.append(("sounds", lambda: {"input_values": _random(ROWS, 4000), "decoder_input_values": spoken}))
     if "input_features" in known:
         for shape in ((ROWS, bins, 2 * source), (ROWS, 64, bins)):
+            masks = {
+                name: torch.ones(ROWS, shape[-1] if shape[-1] != bins else shape[1]).to(kind)
+                for name, kind in _SOUND_MASKS.items()
+                if name in known
+            }
             found.append(("spectrogram", partial(_with, words, "input_features", *shape)))
+            if masks:
+                found.append(("spectrogram and mask", partial(_with, {**words, **masks}, "input_features", *shape)))
     return found
 
 
@@ -141,14 +216,14 @@ def with_images(model: Any, known: Any, images: Batch) -> Batch:
         getattr(model, "model", None), "get_image_features", None
     )
     if token is None or get is None:
-        raise ValueError("no place for images in texts")
+        raise NoBatch("no place for images in texts")
     takes = inspect.signature(get).parameters
     anything = any(parameter.kind == parameter.VAR_KEYWORD for parameter in takes.values())
     with torch.no_grad():
         features = get(**{name: value for name, value in images.items() if name in takes or anything})
     each, odd = divmod(_rows_of(features), ROWS)
     if odd or each > 1000:
-        raise ValueError(f"{each} places for an image")
+        raise NoBatch(f"{each} places for an image")
     batch = _texts(model, known, 12)
     ids = batch["input_ids"]
     batch["input_ids"] = torch.cat([ids[:, :2], torch.full((ROWS, each), token), ids[:, 2:]], 1)

@@ -18,8 +18,9 @@ from torch import nn
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from .batches import batches
+from .batches import NoBatch, batches
 from .settings import OVERRIDES, Width, small
+from .stand_ins import ImageTower, stand_in_for_timm
 
 MOST = 4e7
 """Weights of a model that is tried."""
@@ -66,6 +67,7 @@ def make(model_type: str) -> tuple[Any, dict[str, Any]]:
     Raises:
         CannotBeMade: none runs.
     """
+    stand_in_for_timm()
     names = classes(model_type)
     bare = [name for name in names[3:] if name in str(MAPPINGS["MODEL"].get(model_type))]
     errors: list[str] = []
@@ -79,17 +81,20 @@ def make(model_type: str) -> tuple[Any, dict[str, Any]]:
             batch = _fitting_batch(model, errors)
             if batch is not None:
                 return model, batch
-    raise CannotBeMade(errors[0] if errors else "no class")
+    telling = [error for error in errors if "required positional argument" not in error]
+    raise CannotBeMade([*telling, *errors, "no class"][0])
 
 
 def build(model_type: str, name: str, width: Width, layers: int | None) -> Any:
     """A model of this class, in evaluation mode."""
     config = config_of(model_type, width, layers)
     cls = getattr(transformers, name)
+    if issubclass(cls, ImageTower):
+        raise CannotBeMade("needs timm, which is not installed")
     with torch.device("meta"):
         size = sum(parameter.numel() for parameter in cls(copy.deepcopy(config)).parameters())
     if size > MOST:
-        raise CannotBeMade(f"{size / 1e6:.0f} million weights, whatever is made small")
+        raise CannotBeMade(f"{size / 1e6:.0f} million weights")
     torch.manual_seed(0)
     return cls(config).float().eval()
 
@@ -167,6 +172,8 @@ def _fitting_batch(model: Any, errors: list[str]) -> dict[str, Any] | None:
                     torch.manual_seed(3)
                     model.train()(**batch)  # some want labels then
                     values = list(floats(model.eval()(**batch)))
+            except NoBatch:
+                continue
             except Exception as error:  # whatever a model's own code says
                 errors.append(f"{type(model).__name__}, {label}: {_short(error)}")
                 continue
@@ -177,7 +184,11 @@ def _fitting_batch(model: Any, errors: list[str]) -> dict[str, Any] | None:
 
 
 def _short(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}".strip().splitlines()[0][:160]
+    """In one line; of a missing package, its name."""
+    if missing := re.search(r"requires the (\S+) library", str(error)):
+        return f"needs {missing[1]}, which is not installed"
+    said = " ".join(str(error).split()).removeprefix("Class validation error for validator 'validate_architecture': ")
+    return f"{type(error).__name__}: {said}"[:200]
 
 
 def spread(model: nn.Module) -> None:
@@ -194,6 +205,8 @@ def spread(model: nn.Module) -> None:
                 nn.init.normal_(parameter, std=0.05)
 
 
+MASKED = 1e30
+"""Larger numbers are no outputs: they keep a softmax from somewhere (Splinter's start positions)."""
 _NOT_OUTPUTS = ("past_key_values", "cache_params", "hidden_states", "attentions", "state", "rope_deltas")
 
 
@@ -201,7 +214,7 @@ def floats(output: Any, top: bool = True) -> Iterator[torch.Tensor]:
     """What a caller looks at of a model's output."""
     if isinstance(output, torch.Tensor):
         if output.is_floating_point() and output.numel():
-            yield output
+            yield output.masked_fill((output.abs() > MASKED) & output.isfinite(), 0.0)
     elif isinstance(output, dict):
         for key, value in output.items():
             if not (top and key in _NOT_OUTPUTS):

@@ -93,6 +93,22 @@ _DIFFUSION = {"num_global_key_value_heads": 2, "num_experts": 4, "top_k_experts"
 # Two layers of four have states of images injected above them.
 _DEEPSTACK = {"text_config": {"num_hidden_layers": 4}, "vision_config": {"deepstack_visual_indexes": [0, 1]}}
 _SHARING = ["sliding_attention", "full_attention"] * 2
+_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+_RESNET = {"model_type": "resnet", "embedding_size": 8, "hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 1, 1]}
+_RESNET |= {"layer_type": "basic", "out_features": ["stage4"]}
+_BACKBONE = {"use_timm_backbone": False, "use_pretrained_backbone": False, "backbone_config": _RESNET, "backbone": None}
+_SERIES = {"prediction_length": 4, "context_length": 16, "lags_sequence": [1, 2], "num_time_features": 1}
+_MOLMO2 = {
+    "hidden_size": 32,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "head_dim": 8,
+    "intermediate_size": 64,
+}
+_MUSE_SOUND = {"num_hidden_layers": 4, "hidden_sizes": [16, 16, 32, 32], "out_hidden_size": 32}
+_QWEN3 = {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "intermediate_size": 64}
+_QWEN3 |= {"vocab_size": VOCABULARY, "num_hidden_layers": 2}
+_VOCABULARY = {"<image>": 100, **{f"IMGIMG{'ABCDEFGHIJ'[i // 10]}{'ABCDEFGHIJ'[i % 10]}Z": 60 + i for i in range(16)}}
 OVERRIDES: dict[str, dict[str, Any]] = {
     "mistral4": {"head_dim": 8, "qk_nope_head_dim": 4, "qk_rope_head_dim": 4, "v_head_dim": 8, "qk_head_dim": 8},
     "qwen4_exp": {"text_config": _QWEN4},
@@ -117,6 +133,45 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "gemma3n_text": {"num_hidden_layers": 4, "num_kv_shared_layers": 2, "layer_types": _SHARING},
     "gemma4_text": {"num_hidden_layers": 4, "num_kv_shared_layers": 2, "layer_types": _SHARING},
     "gemma4": {"text_config": {"num_hidden_layers": 4, "num_kv_shared_layers": 2, "layer_types": _SHARING}},
+    "esm": {"vocab_size": VOCABULARY},
+    "esmc": {"num_key_value_heads": 4, "vocab_size": VOCABULARY},
+    "mimi": {"codebook_dim": 16},
+    "step3p7": {"text_config": {"sliding_window": 4}},
+    "dia": {"delay_pattern": [0, 1, 2], "decoder_config": {"num_channels": 3}},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "cohere_compass": {"text_config": {"rope_parameters": {"full_attention": _ROPE}}},
+    "cohere_compass_text": {"rope_parameters": {"full_attention": _ROPE}},
+    "deepseek_ocr2": {"text_config": {"mlp_layer_types": ["dense", "sparse"]}},
+    "granite4_vision": {"deepstack_layer_map": [[-1, 0]], "spatial_target_layers": [1, 1, 1, 1]},
+    "ernie4_5_vl_moe": {"text_config": {"rope_parameters": {**_ROPE, "mrope_section": [1, 1, 2]}}},
+    "glm5_next_text": {"qk_rope_head_dim": 0},
+    "glm5_next": {"text_config": {"qk_rope_head_dim": 0}},
+    "dots3_note": {"text_config": {"per_layer_config": {}}},
+    "molmo2": {
+        "vision_config": {"image_size": [16, 16], "patch_size": 4, "num_position_embeddings": 16, **_MOLMO2},
+        "adapter_config": {"text_hidden_size": 32, "vision_feature_layer": [0, 1], **_MOLMO2},
+    },
+    "muse_spark_audio": _MUSE_SOUND,
+    "muse_spark": {
+        "audio_config": _MUSE_SOUND,
+    },
+    "blt": {
+        "encoder_hash_byte_group_vocab": 100,
+        "encoder_config": {"hidden_size_global": 32},
+        "decoder_config": {"hidden_size_global": 32},
+    },
+    "moonshine_streaming": {"num_key_value_heads": 4},
+    "chameleon": {"vocabulary_map": _VOCABULARY},
+    "emu3": {"vocabulary_map": _VOCABULARY, "vq_config": {"base_channels": 32}},
+    "blip-2": {"image_token_index": SPECIAL},
+    "instructblip": {"image_token_index": SPECIAL},
+    "instructblipvideo": {"video_token_index": SPECIAL},
+    "fun_asr_nano": {"text_config": {"model_type": "qwen3", **_QWEN3}},
+    "gemma3n": {"text_config": {"num_hidden_layers": 4, "num_kv_shared_layers": 2, "layer_types": _SHARING}},
+    "align": {"vision_config": {"width_coefficient": 0.25, "depth_coefficient": 0.25, "hidden_dim": 64}},
+    "efficientnet": {"width_coefficient": 0.25, "depth_coefficient": 0.25, "hidden_dim": 64},
+    **dict.fromkeys(("autoformer", "informer", "time_series_transformer"), _SERIES),
+    **dict.fromkeys(("detr", "conditional_detr", "dab-detr", "deformable_detr", "table-transformer"), _BACKBONE),
     "reformer": {"axial_pos_embds": False, "hidden_size": 32, "attn_layers": ["local", "lsh"]},
 }
 """What names alone do not tell."""
@@ -214,6 +269,8 @@ def _sequence(key: str, value: Any, layers: int) -> Any:
         return ...
     if key.endswith("depths") or key in ("layers_depth", "stage_num_blocks", "num_block_repeats"):
         return kind(min(each, 2) for each in value)
+    if key in ("num_heads", "num_attention_heads", "decoder_num_heads"):
+        return kind(min(each, 4) if each != 3 else 4 for each in value)
     if key in ("image_size", "input_size"):
         return kind(min(each, 16) for each in value)
     if key == "patch_size" and len(value) == 2:

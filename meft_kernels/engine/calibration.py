@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_map_only
 
 from ..config import MeftConfig
 from ..errors import ReversibleUsageError
@@ -18,7 +19,7 @@ from ..ops import INT_LIMIT, Coupled
 from .arguments import copies_of_caches
 from .arithmetic import Arithmetic
 from .passes import Passes, Way
-from .replay import seeded
+from .replay import other_generators_kept, seeded
 from .surroundings import buffers_kept
 
 if TYPE_CHECKING:
@@ -151,8 +152,9 @@ def calibrate(stacks: Sequence[Uncalibrated], call: OwnerCall, turn: AbstractCon
         try:
             if any(stack.layerdrop for stack in stacks):
                 owner.training = False  # the owner's own switch: no layer may be left out, dropout stays as it is
-            with torch.no_grad(), buffers_kept(owner), seeded(0, next(owner.parameters()).device):
-                call.repeat(copies_of_caches(call.named))
+            device = next(owner.parameters()).device
+            with torch.no_grad(), buffers_kept(owner), other_generators_kept(), seeded(0, device):
+                call.repeat(_copies(call.named))
         finally:
             owner.training = training
             for stack, _ in ways:
@@ -163,3 +165,9 @@ def calibrate(stacks: Sequence[Uncalibrated], call: OwnerCall, turn: AbstractCon
             else:
                 at_most = MAX_CALIBRATED_BITS if stack.max_bits is None else min(stack.max_bits, MAX_CALIBRATED_BITS)
                 stack.arithmetic = Arithmetic(probe.fraction_bits_for(at_most, stack.label), stack.config.impl)
+
+
+def _copies(named: dict[str, Any]) -> dict[str, Any]:
+    """A call's arguments, to be called with once more: Moonshine's decoder adds positions to its encoder's states."""
+    caches = copies_of_caches(named)
+    return {n: caches[n] if n in caches else tree_map_only(torch.Tensor, torch.clone, v) for n, v in named.items()}

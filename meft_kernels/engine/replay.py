@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import random
 import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 
@@ -121,3 +123,14 @@ class seeded:
         _drawn.seed, _drawn.count = self._before
         for generator, state in self._generators:
             generator.set_state(state)
+
+
+@contextmanager
+def other_generators_kept() -> Iterator[None]:
+    """Run a block and put NumPy's and Python's global generators back, which speech models draw their masks from."""
+    of_numpy, of_python = np.random.get_state(), random.getstate()
+    try:
+        yield
+    finally:
+        np.random.set_state(of_numpy)
+        random.setstate(of_python)

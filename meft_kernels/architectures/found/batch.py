@@ -65,7 +65,10 @@ def setting(config: Any, *names: str) -> Any:
 def _ids(model: Any, tokens: int, generator: torch.Generator) -> torch.Tensor:
     """Ordinary words: none of the ids that the config gives a meaning."""
     config = model.config
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    try:
+        text = config.get_text_config()
+    except (AttributeError, ValueError):  # several texts: an encoder's and a decoder's
+        text = config
     vocabulary = int(setting(text, "vocab_size") or 100)
     special: set[int] = set()
     for place in (config, text):

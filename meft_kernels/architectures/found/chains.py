@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from .trace import Call, Trace
+from .trace import Call, Trace, is_same
 
 
 @dataclass
@@ -214,4 +214,7 @@ def _refuse_changed(pair: tuple[Call, Call]) -> None:
 
 
 def _read_elsewhere(call: Call, after: Call) -> bool:
-    return any(inside is None or not after.contains(inside) for _, inside in call.readers)
+    if any(inside is None or not after.contains(inside) for _, inside in call.readers):
+        return True
+    # As keys and values, say, which the engine hands on as they are: a stream's place is the first argument alone.
+    return any(call.returned is not None and is_same(other, call.returned) for other in after.others)

@@ -23,7 +23,7 @@ from .chains import Chain, NoChain, find_chains, layer_lists
 from .config import HEADS, activation_of, dropout_of, layerdrop_of
 from .proof import Gradients, gradients_at, prove, prove_cut
 from .saved import Differs, taken_up
-from .taps import Tap, ends_in_norm, find_tap
+from .taps import Tap, ends_in_norm, find_tap, leading_to
 from .trace import Call, Trace, trace
 from .untouched import untouched
 
@@ -325,7 +325,7 @@ def _proven(model: nn.Module, chain: Chain, seen: Trace, kinds: list[list[Call]]
     for call in (alike[-1] for alike in kinds):
         prove(call, gradients)
         parts = sorted(_once(seen, call), key=lambda part: part.start)
-        tap = find_tap(parts, chain.width) or Tap("", "")
+        tap = find_tap(leading_to(call, parts), chain.width) or Tap("", "")
         cut = prove_cut(call, parts, tap, post_norm=post_norm) if apart else None
         tapped, apart = tapped and tap.writes != "", apart and cut is not None
         for found, value in ((taps, tap), *(((attention, cut[0]), (mlp, cut[1])) if cut else ())):

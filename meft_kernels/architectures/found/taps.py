@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 from .trace import Call
 
@@ -40,6 +41,21 @@ def find_tap(parts: list[Call], width: int) -> Tap | None:
     if last is not None and (pair is None or last.end >= pair[1].end):
         return _before_dropout(last, parts)
     return None if pair is None else Tap(pair[0].name, pair[1].name)
+
+
+def leading_to(layer: Call, parts: list[Call]) -> list[Call]:
+    """The parts on the way to a layer's hidden states. Others make what it returns beside them (LiLT's layout)."""
+    if layer.returned is None or sum(isinstance(leaf, torch.Tensor) for leaf in tree_leaves(layer.output)) < 2:
+        return parts
+    seen, todo = set(), [layer.returned.grad_fn]
+    while todo:
+        node = todo.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            todo += [below for below, _ in node.next_functions]
+    if not seen:
+        return parts
+    return [part for part in parts if part.returned is not None and part.returned.grad_fn in seen]
 
 
 def _before_dropout(ffn: Call, parts: list[Call]) -> Tap:
@@ -77,18 +93,20 @@ def _last_that_keeps(direct: list[Call], width: int) -> Call | None:
 
 
 def _pair(parts: list[Call], width: int) -> tuple[Call, Call] | None:
-    """The last linear layer that gives the width, outside of attention, and the last before it that reads the same."""
+    """The last linear layer that gives the width, outside of attention, and the last before it that reads the same.
+
+    One that gives another width, if there is such: an FFN is rarely as wide within as the hidden states are.
+    """
     linear = [part for part in parts if _is_linear(part.module) and not _is_attention(part.name)]
     linear = [part for part in linear if not any(part.name.startswith(f"{other.name}.") for other in linear)]
     writes = next((p for p in reversed(linear) if p.returned is not None and p.returned.shape[-1] == width), None)
     if writes is None or writes.returned is None:
         return None
-    for part in reversed(linear):
-        if part.start >= writes.start or part.given is None or part.returned is None:
-            continue
-        if part.given.shape == writes.returned.shape and part.returned.shape[-1] != width:
-            return part, writes
-    return None
+    before = [part for part in reversed(linear) if part.start < writes.start and part.given is not None]
+    before = [part for part in before if part.given.shape == writes.returned.shape]  # type: ignore[union-attr]
+    other = (part for part in before if part.returned is not None and part.returned.shape[-1] != width)
+    reads = next(other, before[0] if before else None)
+    return None if reads is None else (reads, writes)
 
 
 def _is_linear(module: nn.Module) -> bool:

@@ -60,6 +60,13 @@ class Call:
     def contains(self, other: Call) -> bool:
         return self.start <= other.start and other.end <= self.end
 
+    @property
+    def others(self) -> list[torch.Tensor]:
+        """Tensors among its arguments beside the first."""
+        first = next(iter(parameter_names(self.module)), "")
+        rest = {name: value for name, value in self.kwargs.items() if name != first or self.args}
+        return [leaf for leaf in tree_leaves([self.args[1:], rest]) if isinstance(leaf, torch.Tensor)]
+
 
 @dataclass
 class Trace:
@@ -215,6 +222,11 @@ _LOOKS = {
     "is_complex", "get_device", "detach",
 }  # fmt: skip
 """Functions that read no values."""
+
+
+def is_same(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether both are the same numbers in memory."""
+    return one.shape == other.shape and _address(one) == _address(other) != -1
 
 
 def _handed_on(tensor: torch.Tensor) -> torch.Tensor:
