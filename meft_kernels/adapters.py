@@ -173,8 +173,8 @@ class Adapter(nn.Module):
         for name, weight in (("down", weights.down), ("up", weights.up)):
             part = self._modules[name]
             if type(part) is not Projection or type(weight) not in (nn.Parameter, torch.Tensor):
-                weight = type(getattr(part, "weight", None)).__name__
-                return f"{name} is {type(part).__name__} with a weight of type {weight}"
+                kind = type(getattr(part, "weight", None)).__name__
+                return f"{name} is {type(part).__name__} with a weight of type {kind}"
         return None
 
 
