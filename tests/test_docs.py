@@ -45,3 +45,8 @@ def test_links_lead_somewhere() -> None:
         for target in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):
             if not target.startswith("http"):
                 assert (page.parent / target).exists(), (page.name, target)
+
+
+def test_every_public_name_is_on_the_page_of_the_api() -> None:
+    named = re.findall(r"^::: meft_kernels\.[\w.]*?(\w+)$", (ROOT / "docs" / "api.md").read_text("utf-8"), re.MULTILINE)
+    assert sorted(named) == sorted(set(meft_kernels.__all__) - {"ops"})
