@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -73,13 +74,25 @@ def _files_are_the_same(
         for each in (model, other)
     ]
     assert stacks[0] == stacks[1]
+    for stack in require_state(model).stacks:
+        stack.observer = None  # inference that is looked at runs in integers
     for each, place in ((model, "written"), (other, "found")):
         meft_kernels.save_adapter(each, folder / place)
     for file in sorted(path.name for path in (folder / "written").iterdir()):
-        assert (folder / "written" / file).read_bytes() == (folder / "found" / file).read_bytes(), file
+        assert _content(folder / "written" / file) == _content(folder / "found" / file), file
     with torch.no_grad():
         expected = model.eval()(**batch_for(model))[0]
         for spec, place in ((found, "written"), (spec_of(name), "found")):
             monkeypatch.setattr(targets, "find_architecture", lambda model_type, spec=spec: spec)
             loaded = meft_kernels.load_adapter(tiny(name, dropout=0.1, **WHOLE), folder / place)
             assert torch.equal(loaded(**batch_for(loaded))[0], expected)
+
+
+def _content(file: Path) -> Any:
+    """All of it but what a found spec's file says of how it was found, which is for models that cannot be looked at."""
+    if file.name != "adapter_config.json":
+        return file.read_bytes()
+    settings = json.loads(file.read_text(encoding="utf-8"))
+    for each in settings["structure"]:
+        each.pop("found", None)
+    return settings
