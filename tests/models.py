@@ -144,6 +144,12 @@ class StreamWitness:
     def on_every_stack(cls, model: nn.Module) -> list[StreamWitness]:
         return [cls(model, stack) for stack in range(len(require_state(model).stacks))]
 
+    @staticmethod
+    def off(model: nn.Module) -> None:
+        """Look no more: inference that is looked at runs in integers, as training does."""
+        for stack in require_state(model).stacks:
+            stack.observer = None
+
     def forward(self, index: int, x1: torch.Tensor, x2: torch.Tensor) -> None:
         self.before[index] = (x1.clone(), x2.clone())
 

@@ -15,6 +15,7 @@ from transformers import (
     BertForSequenceClassification,
     LlamaConfig,
     LlamaForCausalLM,
+    Trainer,
     TrainingArguments,
 )
 
@@ -67,29 +68,47 @@ def a_trained_classifier(place: Path) -> None:
         tokenizer.save_pretrained(place / folder)
 
 
+def a_trained_lora(place: Path) -> None:
+    """What ``meft-kernels train --method lora --merge`` leaves."""
+    peft = pytest.importorskip("peft")
+    language_model().save_pretrained(place / "base")
+    base = LlamaForCausalLM.from_pretrained(place / "base")
+    model = peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM"))
+    model.save_pretrained(place / "runs/lora/adapter")
+    model.merge_and_unload().save_pretrained(place / "runs/lora/merged")
+
+
+def what_the_commands_left(place: Path) -> None:
+    a_trained_classifier(place)
+    a_trained_lora(place)
+
+
 STAND_INS: list[tuple[str, str]] = [
     ("from_pretrained(...)", 'from_pretrained("base")'),
     ("Trainer(model, ...)", "Trainer(model, arguments, train_dataset=[{k: v[0] for k, v in batch.items()}] * 2)"),
 ]
 """What stands for a reader's own in the pages, and what it is here."""
 
-PREPARED: dict[str, Callable[[Path], None]] = {"docs/train.md": a_trained_classifier}
+PREPARED: dict[str, Callable[[Path], None]] = {"docs/train.md": what_the_commands_left}
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks_of(page)])
 def test_every_block_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each on a model of its own: a reader may begin with any."""
     monkeypatch.chdir(tmp_path)
     if page in PREPARED:
         PREPARED[page](tmp_path)
     language_model().save_pretrained("base")
-    arguments = TrainingArguments("trained", max_steps=1, report_to=[], use_cpu=True)
-    names: dict[str, Any] = {
-        "meft_kernels": meft_kernels, "torch": torch, "arguments": arguments, "batch": batch(),
-        "model": LlamaForCausalLM.from_pretrained("base"), "base_model": LlamaForCausalLM.from_pretrained("base"),
-    }  # fmt: skip
     for number, block in enumerate(blocks_of(page)):
+        if "peft" in block:
+            pytest.importorskip("peft")
         for theirs, ours in STAND_INS:
             block = block.replace(theirs, ours)
+        names: dict[str, Any] = {
+            "meft_kernels": meft_kernels, "torch": torch, "batch": batch(), "Trainer": Trainer,
+            "arguments": TrainingArguments("trained", max_steps=1, report_to=[], use_cpu=True),
+            "model": LlamaForCausalLM.from_pretrained("base"), "base_model": LlamaForCausalLM.from_pretrained("base"),
+        }  # fmt: skip
         exec(compile(block, f"{page}, block {number}", "exec"), names)
 
 

@@ -62,6 +62,7 @@ def test_training(model_type: str, hears: str, stacks: tuple[str, ...] | None, t
     losses = trained(model, batch, tmp_path / "run", 12)
     assert all(witness.equal and all(witness.equal.values()) for witness in witnesses)
     assert losses[-1] < 0.8 * losses[0]
+    StreamWitness.off(model)
     # The image, or the sound, is heard: another one gives another loss.
     with torch.no_grad():
         expected = model.eval()(**batch).loss
