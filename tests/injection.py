@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import inspect
 import sys
 from collections.abc import Callable, Sequence
@@ -63,12 +64,15 @@ class _Calls:
 
 def call_sites(operation: Callable[[], object]) -> list[tuple[int, int]]:
     """Run an operation; for each call that stands in its code the numbers of the first and the last one made there."""
+    gc.collect()  # what earlier tests left: its finalisers are no calls of the operation
     calls = _Calls(0, Injected)
+    gc.disable()
     sys.setprofile(calls)
     try:
         operation()
     finally:
         sys.setprofile(None)
+        gc.enable()
     return list(calls.sites.values())
 
 
@@ -81,6 +85,7 @@ def interrupted(operation: Callable[[], object], at: int, error: type[BaseExcept
     calls = _Calls(at, error)
     dropped: list[object] = []  # Python drops what finalisers and callbacks of weak references raise
     before, sys.unraisablehook = sys.unraisablehook, dropped.append
+    gc.disable()
     sys.setprofile(calls)
     try:
         operation()
@@ -90,6 +95,7 @@ def interrupted(operation: Callable[[], object], at: int, error: type[BaseExcept
         return calls.place
     finally:
         sys.setprofile(None)
+        gc.enable()
         sys.unraisablehook = before
     if dropped:
         return None
