@@ -194,12 +194,12 @@ def step_times(records: list[Record], folder: Path) -> str:
             "| trained | step, s | ours / this, time | peak beside weights, MiB | ours / this, peak |",
             "| --- | --- | --- | --- | --- |",
         ]
-        for name, median in figures["medians"].items():
-            peak = figures["peak_bytes"][name]
-            share = figures["peak_bytes"]["meft"] / peak
-            name, _, settings = name.partition(":")
+        for rival, median in figures["medians"].items():
+            name, _, settings = rival.partition(":")
             title = RIVALS[name].title + (f", {settings}" if settings else "")
-            ratio = figures["meft_over"][":".join(filter(None, (name, settings)))]
+            peak = figures["peak_bytes"][rival]
+            share = figures["peak_bytes"]["meft"] / peak
+            ratio = figures["meft_over"][rival]
             lines.append(f"| {title} | {median:.2f} | {ratio:.2f} | {peak / MIB:.1f} | {share:.2f} |")
         shape = "{model}, {dtype}, {rows} x {tokens:,} tokens, medians of {rounds} rounds".format(**record.settings)
         parts += [f"### {shape}", "\n".join(lines)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from fnmatch import fnmatchcase
 
 
@@ -18,9 +18,14 @@ def choose(names: Sequence[str], wanted: tuple[str, ...] | None) -> list[str]:
     """
     if wanted is None:
         return list(names)
-    if unknown := [each for each in wanted if not any(is_meant(name, each) for name in names)]:
+    if unknown := unmet(names, wanted):
         raise ValueError(f"stacks: no list of layers is named {', '.join(unknown)}; there are {', '.join(names)}")
     return [name for name in names if any(is_meant(name, each) for each in wanted)]
+
+
+def unmet(names: Collection[str], wanted: tuple[str, ...]) -> list[str]:
+    """What is wanted and means none of these lists."""
+    return [each for each in wanted if not any(is_meant(name, each) for name in names)]
 
 
 def is_meant(name: str, wanted: str) -> bool:

@@ -141,8 +141,8 @@ def _withheld(model: nn.Module) -> Iterator[None]:
 
 
 def _states(stacks: Sequence[ReversibleStack]) -> dict[str, StackState]:
-    """The modules that hold the calibration, by the stack's name."""
-    return {stack.name: stack.layers[0].module.get_submodule(f"{ADAPTERS}.state") for stack in stacks}  # type: ignore[misc]
+    """The modules that hold the calibration, by the run of layers: of one list there may be several."""
+    return {stack.label: stack.layers[0].module.get_submodule(f"{ADAPTERS}.state") for stack in stacks}  # type: ignore[misc]
 
 
 def _calibration_in(folder: Path) -> dict[str, torch.Tensor]:

@@ -20,6 +20,7 @@ import meft_kernels
 from meft_kernels import AdapterFileError, UnsupportedModelError
 from meft_kernels.architectures import registry
 from meft_kernels.architectures.found import find
+from meft_kernels.engine.arithmetic import Arithmetic
 from meft_kernels.state import require_state
 
 from ..models import StreamWitness, worst_error
@@ -120,6 +121,19 @@ def test_save_load_copy_and_pickle(name: str, tmp_path: Path) -> None:
         assert not torch.equal(next(iter(model(**IDS).values())), expected)
         meft_kernels.set_adapter(model, "default")
         assert torch.equal(next(iter(model(**IDS).values())), expected)
+
+
+def test_a_checkpoint_of_a_lora_has_the_calibration_of_every_run(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    models = [peft.get_peft_model(made_up(run=injects), peft.LoraConfig(target_modules=["mix"])) for _ in range(2)]
+    for model in models:
+        meft_kernels.reversible(model)
+    trained, resumed = (list(require_state(model).stacks) for model in models)
+    for stack, bits in zip(trained, (17, 13), strict=True):
+        stack.arithmetic = Arithmetic(bits)
+    models[0].save_pretrained(tmp_path / "checkpoint-1")
+    models[1].load_adapter(str(tmp_path / "checkpoint-1"), "default")
+    assert [stack.arithmetic.fraction_bits for stack in resumed] == [17, 13]
 
 
 def test_a_run_is_told_apart() -> None:

@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 
 from ...errors import UnsupportedModelError
 from ...modules import owner_of
-from ...selection import choose, is_meant
+from ...selection import choose, is_meant, unmet
 from ..spec import ArchitectureSpec, LayerSpec
 from .alike import Unproven, kinds_of
 from .batch import made_up
@@ -160,7 +160,7 @@ def find(
             found |= _all_proven(model, chosen, seen, frozen_layers, refused)
             names += [chain.name for chain in chains]
             reasons |= refused
-            if chosen and (wanted is None or not _unnamed(names, wanted)):
+            if chosen and (wanted is None or not unmet(names, wanted)):
                 reasons = refused
                 break
     refused = {name: reason for name, reason in reasons.items() if name not in found}
@@ -168,7 +168,7 @@ def find(
         layers = _as_saved(model, kind, saved, found, refused, frozen_layers)
     else:
         layers = tuple(found.values())
-        if wanted is not None and _unnamed(found, wanted):
+        if wanted is not None and unmet(found, wanted):
             _refuse_unnamed(kind, [*names, *refused], refused, wanted, made_up=batch is None)
     if not layers:
         raise unsupported(kind, [f"{name}: {reason}" for name, reason in refused.items()])
@@ -199,12 +199,6 @@ def _all_proven(
 
 def _named(chains: list[Chain], wanted: tuple[str, ...]) -> list[Chain]:
     return [chain for chain in chains if any(is_meant(chain.name, each) for each in wanted)]
-
-
-def _unnamed(names: Iterable[str], wanted: tuple[str, ...]) -> list[str]:
-    """What is wanted and is none of these."""
-    names = list(names)
-    return [each for each in wanted if not any(is_meant(name, each) for name in names)]
 
 
 def _refuse_unnamed(
