@@ -9,15 +9,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
 from .blocks import ByKind, Kind, LeftOut, Whole, Without, kind_of
+from .layers import Constant, FoundLayers, TapOf
 from .taps import Tap
-
-if TYPE_CHECKING:
-    from .spec import FoundLayers
 
 
 class Differs(Exception):
@@ -55,8 +53,6 @@ def from_plain(value: Any) -> FoundLayers:
     Raises:
         ValueError: it is not what :func:`to_plain` writes.
     """
-    from .spec import Constant, FoundLayers, TapOf
-
     try:
         kinds: list[Kind] = [(str(each["class"]), tuple(map(str, each["children"]))) for each in value["kinds"]]
         taps = ByKind({kind: Tap(*map(str, each["ffn"])) for kind, each in zip(kinds, value["kinds"], strict=True)})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -15,12 +15,13 @@ from torch.distributed.tensor import DTensor
 from ...errors import UnsupportedModelError
 from ...modules import owner_of
 from ...selection import choose, is_meant, unmet
-from ..spec import ArchitectureSpec, LayerSpec
+from ..spec import ArchitectureSpec
 from .alike import Unproven, kinds_of
 from .batch import made_up
 from .blocks import ByKind, Kind, Whole, Without, kind_of
 from .chains import Chain, NoChain, find_chains, layer_lists
 from .config import HEADS, activation_of, dropout_of, layerdrop_of
+from .layers import Constant, FoundLayers, TapOf
 from .proof import Gradients, gradients_at, prove, prove_cut
 from .saved import Differs, taken_up
 from .taps import Tap, ends_in_norm, find_tap, leading_to
@@ -29,53 +30,6 @@ from .untouched import untouched
 
 if TYPE_CHECKING:
     from ...config import MeftConfig
-
-
-@dataclass(frozen=True)
-class TapOf:
-    """``layer -> module``: one end of the FFN, by the layer's kind."""
-
-    taps: ByKind
-    end: int
-
-    def __call__(self, layer: nn.Module) -> nn.Module:
-        return layer.get_submodule(self.taps.of(layer)[self.end])
-
-
-@dataclass(frozen=True)
-class Constant:
-    """A function of a config that does not look at it: the model was."""
-
-    value: Any
-
-    def __call__(self, config: Any) -> Any:
-        return self.value
-
-
-@dataclass(frozen=True, kw_only=True)
-class FoundLayers(LayerSpec):
-    """The layers of one list, as they were found. All that is in it can be pickled, for it is registered nowhere."""
-
-    hidden_size: Callable[[Any], int]
-    list_name: str
-    tapped: bool
-    """Whether every layer has an FFN that was found."""
-    apart: bool
-    """Whether every layer is its attention block and then its MLP block."""
-    order: tuple[int, ...]
-    """Indices of the layers that a pass calls, in turn."""
-    owner_name: str
-    """Of the model whose forward calls them."""
-
-    def serves(self, name: str, layers: nn.ModuleList) -> bool:
-        """Whether these are the layers that were looked at."""
-        return name == self.list_name
-
-    def calls(self, layers: Sequence[nn.Module]) -> tuple[int, ...]:
-        return self.order
-
-    def owner(self, model: nn.Module, name: str) -> nn.Module:
-        return model.get_submodule(self.owner_name)
 
 
 @dataclass(frozen=True, kw_only=True)

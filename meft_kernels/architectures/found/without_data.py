@@ -13,8 +13,9 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import _disable_current_modes
 
+from .layers import FoundLayers
 from .sample import MOST, shallow
-from .spec import FoundArchitecture, FoundLayers, find, unsupported
+from .spec import FoundArchitecture, find, unsupported
 
 ENOUGH = 1e8
 """Weights of a copy that is made as wide as the model; a wider one is made narrow."""
