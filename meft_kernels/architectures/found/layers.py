@@ -9,7 +9,8 @@ from typing import Any
 from torch import nn
 
 from ..spec import LayerSpec
-from .blocks import ByKind
+from .blocks import ByKind, Kind, Whole, Without
+from .taps import Tap
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,39 @@ class FoundLayers(LayerSpec):
     """Indices of the layers that a pass calls, in turn."""
     owner_name: str
     """Of the model whose forward calls them."""
+
+    @classmethod
+    def of(
+        cls,
+        taps: dict[Kind, Tap],
+        attention: dict[Kind, Any],
+        mlp: dict[Kind, Any],
+        *,
+        apart: bool,
+        constants: dict[str, Any],
+        **others: Any,
+    ) -> FoundLayers:
+        """From what is known of each kind of layer.
+
+        Args:
+            taps: the FFN; of one that was not found both ends are "".
+            attention, mlp: what the blocks leave out; of no account unless ``apart``.
+            apart: see above.
+            constants: fields that are functions of a config, by what they give whatever that is.
+            **others: all other fields.
+        """
+        others |= {name: Constant(value) for name, value in constants.items()}
+        return cls(
+            attention_block=Without(ByKind(attention), bare=False) if apart else Whole(),
+            mlp_block=Without(ByKind(mlp), bare=True) if apart else Whole(),
+            ffn_reads=TapOf(ByKind(taps), 0),
+            ffn_writes=TapOf(ByKind(taps), 1),
+            in_turn=Constant(apart),
+            blocks_compile=False,
+            tapped=all(tap.writes != "" for tap in taps.values()),
+            apart=apart,
+            **others,
+        )
 
     def serves(self, name: str, layers: nn.ModuleList) -> bool:
         """Whether these are the layers that were looked at."""

@@ -13,8 +13,8 @@ from typing import Any
 
 from torch import nn
 
-from .blocks import ByKind, Kind, LeftOut, Whole, Without, kind_of
-from .layers import Constant, FoundLayers, TapOf
+from .blocks import Kind, LeftOut, Without, kind_of
+from .layers import FoundLayers
 from .taps import Tap
 
 
@@ -55,34 +55,31 @@ def from_plain(value: Any) -> FoundLayers:
     """
     try:
         kinds: list[Kind] = [(str(each["class"]), tuple(map(str, each["children"]))) for each in value["kinds"]]
-        taps = ByKind({kind: Tap(*map(str, each["ffn"])) for kind, each in zip(kinds, value["kinds"], strict=True)})
+        taps = {kind: Tap(*map(str, each["ffn"])) for kind, each in zip(kinds, value["kinds"], strict=True)}
         attention, mlp = (
             {kind: _left_out(each[name]) for kind, each in zip(kinds, value["kinds"], strict=True)}
             for name in ("attention", "mlp")
         )
-        apart = all(attention.values()) and all(mlp.values())
         order = tuple(map(int, value["calls"]))
         if not kinds or sorted({*order}) != list(range(max(order) + 1)):
             raise ValueError("calls are not indices of layers, each of them once at least")
-        return FoundLayers(
+        return FoundLayers.of(
+            taps,
+            attention,
+            mlp,
+            apart=all(attention.values()) and all(mlp.values()),
+            constants={
+                "post_norm": bool(value["post_norm"]),
+                "layerdrop": float(value["layerdrop"]),
+                "activation": str(value["activation"]),
+                "dropout": float(value["dropout"]),
+                "hidden_size": int(value["hidden_size"]),
+                "begins": tuple(map(int, value["begins"])),
+            },
             layer_class=tuple(map(str, value["classes"])),
-            attention_block=Without(ByKind(attention), bare=False) if apart else Whole(),
-            mlp_block=Without(ByKind(mlp), bare=True) if apart else Whole(),
-            ffn_reads=TapOf(taps, 0),
-            ffn_writes=TapOf(taps, 1),
-            in_turn=Constant(apart),
-            post_norm=Constant(bool(value["post_norm"])),
-            layerdrop=Constant(float(value["layerdrop"])),
-            activation=Constant(str(value["activation"])),
-            dropout=Constant(float(value["dropout"])),
-            hidden_size=Constant(int(value["hidden_size"])),
             read_between=bool(value["read_between"]),
             boxes=tuple(map(str, value["boxes"])),
-            blocks_compile=False,
-            begins=Constant(tuple(map(int, value["begins"]))),
             list_name=str(value["list"]),
-            tapped=all(tap.writes != "" for tap in taps.values.values()),
-            apart=apart,
             order=order,
             owner_name=str(value["owner"]),
         )

@@ -18,10 +18,10 @@ from ...selection import choose, is_meant, unmet
 from ..spec import ArchitectureSpec
 from .alike import Unproven, kinds_of
 from .batch import made_up
-from .blocks import ByKind, Kind, Whole, Without, kind_of
+from .blocks import Kind, kind_of
 from .chains import Chain, NoChain, find_chains, layer_lists
 from .config import HEADS, activation_of, dropout_of, layerdrop_of
-from .layers import Constant, FoundLayers, TapOf
+from .layers import Constant, FoundLayers
 from .proof import Gradients, gradients_at, prove, prove_cut
 from .saved import Differs, taken_up
 from .taps import Tap, ends_in_norm, find_tap, leading_to
@@ -268,43 +268,38 @@ def _proven(model: nn.Module, chain: Chain, seen: Trace, kinds: list[list[Call]]
     taps: dict[Kind, Tap] = {}
     attention: dict[Kind, Any] = {}
     mlp: dict[Kind, Any] = {}
-    tapped = apart = True
+    apart = True
     post_norm = ends_in_norm(chain.calls[-1], _once(seen, chain.calls[-1]))
     for call in (alike[-1] for alike in kinds):
         prove(call, gradients)
         parts = sorted(_once(seen, call), key=lambda part: part.start)
         tap = find_tap(leading_to(call, parts), chain.width) or Tap("", "")
         cut = prove_cut(call, parts, tap, post_norm=post_norm) if apart else None
-        tapped, apart = tapped and tap.writes != "", apart and cut is not None
-        for found, value in ((taps, tap), *(((attention, cut[0]), (mlp, cut[1])) if cut else ())):
-            kind = kind_of(call.module)
-            if found.setdefault(kind, value) != value:
-                apart = apart and found is taps
-                if found is taps:
-                    raise NoChain(
-                        f"layers of {chain.name} have the same parts, and their FFNs are not in the same place"
-                    )
+        kind = kind_of(call.module)
+        if taps.setdefault(kind, tap) != tap:
+            raise NoChain(f"layers of {chain.name} have the same parts, and their FFNs are not in the same place")
+        if cut is None:
+            apart = False
+        else:  # where layers of a kind differ, no cut is that of the kind
+            apart = attention.setdefault(kind, cut[0]) == cut[0] and mlp.setdefault(kind, cut[1]) == cut[1]
     config = getattr(owner_of(model, chain.name), "config", None)
-    by_kind = ByKind(taps)
-    return FoundLayers(
+    return FoundLayers.of(
+        taps,
+        attention,
+        mlp,
+        apart=apart,
+        constants={
+            "post_norm": post_norm,
+            "layerdrop": layerdrop_of(config, chain.name),
+            "activation": activation_of(config),
+            "dropout": dropout_of(config),
+            "hidden_size": chain.width,
+            "begins": chain.begins,
+        },
         layer_class=tuple({type(layer).__name__: None for layer in chain.layers}),
-        attention_block=Without(ByKind(attention), bare=False) if apart else Whole(),
-        mlp_block=Without(ByKind(mlp), bare=True) if apart else Whole(),
-        ffn_reads=TapOf(by_kind, 0),
-        ffn_writes=TapOf(by_kind, 1),
-        post_norm=Constant(post_norm),
-        in_turn=Constant(apart),
-        layerdrop=Constant(layerdrop_of(config, chain.name)),
-        activation=Constant(activation_of(config)),
-        dropout=Constant(dropout_of(config)),
-        hidden_size=Constant(chain.width),
         read_between=chain.read_between,
         boxes=chain.boxes,
-        blocks_compile=False,
         list_name=chain.name,
-        tapped=tapped,
-        apart=apart,
-        begins=Constant(chain.begins),
         order=chain.order,
         owner_name=next(name for name, module in model.named_modules() if id(module) == chain.caller),
     )
