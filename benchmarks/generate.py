@@ -25,7 +25,7 @@ from benchmarks.real import real_batch, real_model
 from meft_kernels import MeftConfig
 from meft_kernels.comparison.records import Record
 from meft_kernels.comparison.rivals import RIVALS, Budget
-from meft_kernels.comparison.timing import interleaved
+from meft_kernels.comparison.timing import Times, interleaved
 
 BARE, OURS, EXACT, LORA = "bare", "meft", "meft exact", "lora"
 STD = 0.01
@@ -83,10 +83,10 @@ def run(models: dict[str, Any], ids: torch.Tensor, new: int, rounds: int, device
         whole, first = seconds[f"{name} {new}"], seconds[f"{name} 1"]
         decode = [(a - b) / (new - 1) for a, b in zip(whole, first, strict=True)]
         figures[name] = {"seconds": whole, "prefill": first, "decode": decode}
+    for what in ("seconds", "prefill", "decode"):
+        for name, ratio in Times({name: mine[what] for name, mine in figures.items()}).ratios(BARE).items():
+            figures[name][f"{what}_over"] = ratio
     for name, mine in figures.items():
-        for what in ("seconds", "prefill", "decode"):
-            pairs = zip(mine[what], figures[BARE][what], strict=True)
-            mine[f"{what}_over"] = statistics.median(a / b for a, b in pairs)
         mine["prefill_tokens_per_second"] = ids.numel() / statistics.median(mine["prefill"])
         mine["decode_tokens_per_second"] = rows / statistics.median(mine["decode"])
         print(

@@ -37,6 +37,7 @@ from meft_kernels import MeftConfig, ops
 from meft_kernels.commands.shared import settings_of
 from meft_kernels.comparison.records import Record
 from meft_kernels.comparison.rivals import RIVALS, Budget
+from meft_kernels.comparison.timing import Times
 
 DEPTHS = (2, 8)
 VOCABULARY, WIDTH = 128, 64
@@ -260,12 +261,8 @@ def measure(
         )
         for rival, layers in found.items()
     }
-    to = found.get("lora_checkpointing", found[rivals[0]])
-    ratios = {
-        rival: statistics.median(a.us / b.us for a, b in zip(layers, to, strict=True))
-        for rival, layers in found.items()
-    }
-    return made, ratios
+    times = Times({rival: [layer.us for layer in layers] for rival, layers in found.items()})
+    return made, times.ratios("lora_checkpointing" if "lora_checkpointing" in found else rivals[0])
 
 
 def run(models: list[str], rivals: list[str], kinds: list[str], rounds: int, rank: int) -> dict[str, Any]:
