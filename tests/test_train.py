@@ -239,12 +239,13 @@ def test_half_written_checkpoints_are_known(
     name: str, spoil: Callable[[Path], None], reason: str, whole: dict[str, Path], tmp_path: Path
 ) -> None:
     from meft_kernels.training.checkpoints import what_is_missing
+    from meft_kernels.training.methods import Meft
 
     copy = tmp_path / "checkpoint-14"
     shutil.copytree(whole["causal-lm"] / "checkpoint-14", copy)
-    assert what_is_missing(copy) is None
+    assert what_is_missing(copy, Meft.checkpoint_files) is None
     spoil(copy / name)
-    assert reason in str(what_is_missing(copy))
+    assert reason in str(what_is_missing(copy, Meft.checkpoint_files))
 
 
 def test_a_used_folder_is_refused(home: Path, whole: dict[str, Path], tmp_path: Path) -> None:
