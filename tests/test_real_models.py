@@ -60,14 +60,23 @@ def test_smollm2_in_fp32(smollm2: nn.Module, variant: str) -> None:
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_smollm2_in_bf16(smollm2: nn.Module, variant: str) -> None:
-    """Exact, and no further from the fp32 truth than plain bf16 autograd is, times 1.1."""
-    batch = real_text(1, 16)
+    """Exact, and no further from the fp32 truth than plain bf16 autograd is, times 1.1.
+
+    Over four texts: where products in bf16 are rounded in another order in the two (AMX), one text's errors differ by
+    more than a tenth either way.
+    """
+    texts = [{name: rows[i : i + 1] for name, rows in real_text(4, 16).items()} for i in range(4)]
     narrow = copy.deepcopy(smollm2).bfloat16()
-    gradients, plain = both_engines(narrow, batch, variant)
+    found = [both_engines(narrow, text, variant) for text in texts]
     torch.manual_seed(5)
     wide = meft_kernels.patch(narrow.float(), variant=variant, engine="autograd", **TRAINABLE_START)
-    truth = train_step(wide, batch)[1]
-    assert relative_error(gradients, truth) <= 1.1 * relative_error(plain, truth)
+    truth = [train_step(wide, text)[1] for text in texts]
+    reversible, plain = (of_all([of_text[engine] for of_text in found]) for engine in (0, 1))
+    assert relative_error(reversible, of_all(truth)) <= 1.1 * relative_error(plain, of_all(truth))
+
+
+def of_all(gradients: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    return {f"{index} {name}": value for index, of_text in enumerate(gradients) for name, value in of_text.items()}
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
