@@ -34,10 +34,10 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig, RobertaConfig
 
 from meft_kernels import MeftConfig, ops
-from meft_kernels.commands.shared import settings_of
 from meft_kernels.comparison.records import Record
 from meft_kernels.comparison.rivals import RIVALS, Budget
 from meft_kernels.comparison.timing import Times
+from meft_kernels.programs.commands.shared import settings_of
 
 DEPTHS = (2, 8)
 VOCABULARY, WIDTH = 128, 64

@@ -29,7 +29,7 @@ from torch import nn
 import meft_kernels
 from benchmarks.real import real_batch, real_model
 from meft_kernels.memory import LiveTensorMeter
-from meft_kernels.state import unwrap
+from meft_kernels.patching.state import unwrap
 
 METHODS: dict[str, dict[str, Any] | None] = {
     "reversible": {"engine": "reversible"},

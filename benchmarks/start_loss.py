@@ -22,7 +22,7 @@ from torch import nn
 import meft_kernels
 from benchmarks.real import real_batch, real_model
 from meft_kernels import MeftConfig
-from meft_kernels.state import unwrap
+from meft_kernels.patching.state import unwrap
 
 COEFFICIENTS = (8, 16, 32, 64, 128, 256)
 # What --all measures: small batches where the vocabulary is large.

@@ -21,11 +21,11 @@ from torch import nn
 
 from benchmarks.real import real_batch, real_model
 from meft_kernels import MeftConfig
-from meft_kernels.commands.shared import settings_of
 from meft_kernels.comparison.loop import Footprint, footprint
 from meft_kernels.comparison.records import Record
 from meft_kernels.comparison.rivals import RIVALS, Budget
 from meft_kernels.comparison.timing import Times, interleaved
+from meft_kernels.programs.commands.shared import settings_of
 
 
 def stepper(model: nn.Module, batch: dict[str, torch.Tensor]) -> Callable[[], None]:

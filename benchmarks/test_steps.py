@@ -17,7 +17,7 @@ from benchmarks.real import real_batch, real_model
 from meft_kernels import MeftConfig
 from meft_kernels.comparison.loop import footprint, repeated_step
 from meft_kernels.comparison.rivals import RIVALS, Budget, UnavailableRivalError
-from meft_kernels.state import count_parameters
+from meft_kernels.patching.state import count_parameters
 
 STEPS = [
     pytest.param("minilm", 4, 32, id="minilm-4x32", marks=pytest.mark.quick),

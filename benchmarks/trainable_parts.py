@@ -23,7 +23,7 @@ from meft_kernels.estimate.shapes import find_config
 from meft_kernels.estimate.step import measure_step, text_batch
 from meft_kernels.estimate.twin import bare_twin, simulation
 from meft_kernels.loss import bind_loss
-from meft_kernels.state import count_parameters
+from meft_kernels.patching.state import count_parameters
 
 
 def lora(model: Any) -> Any:

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import ops
 from .architectures import ArchitectureSpec, LayerSpec, register_architecture, supported_model_types
-from .auto import (
+from .checkpoint.auto import (
     AutoMeftModel,
     AutoMeftModelForCausalLM,
     AutoMeftModelForQuestionAnswering,
@@ -15,7 +15,6 @@ from .auto import (
 from .checkpoint.load import load_adapter
 from .checkpoint.save import save_adapter
 from .config import MeftConfig
-from .describe import Description, describe, print_trainable_parameters
 from .errors import (
     AdapterFileError,
     BudgetError,
@@ -27,15 +26,16 @@ from .errors import (
     StreamOverflowError,
     UnsupportedModelError,
 )
-from .patching import patch, unpatch
-from .reference import ReferenceModel, reference_model
-from .reversible import reversible
-from .switching import adapter_names, add_adapter, delete_adapter, disable_adapter, set_adapter
-from .verify import VerifyReport, calibrate, verify
+from .patching.patch import patch, unpatch
+from .patching.reference import ReferenceModel, reference_model
+from .patching.reversible import reversible
+from .patching.switching import adapter_names, add_adapter, delete_adapter, disable_adapter, set_adapter
+from .reports.describe import Description, describe, print_trainable_parameters
+from .reports.verify import VerifyReport, calibrate, verify
 
 if TYPE_CHECKING:
-    from .callback import MeftCallback
     from .planning import Plan, plan
+    from .reports.callback import MeftCallback
 
 __all__ = [
     "AdapterFileError",
@@ -85,7 +85,7 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name == "MeftCallback":  # with it comes transformers' Trainer, which takes a second to import
-        from .callback import MeftCallback
+        from .reports.callback import MeftCallback
 
         return MeftCallback
     if name in ("Plan", "plan"):  # with it comes the estimator

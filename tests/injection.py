@@ -15,7 +15,7 @@ from torch import nn
 
 import meft_kernels
 from meft_kernels.modules import modules_of
-from meft_kernels.state import AdapterSlot, find_state
+from meft_kernels.patching.state import AdapterSlot, find_state
 
 PACKAGE = str(Path(meft_kernels.__file__).parent)
 MECHANISM = {str(Path(PACKAGE) / "rollback.py"), str(Path(PACKAGE) / "engine" / "threads.py")}

@@ -19,7 +19,7 @@ from transformers import (
 )
 
 import meft_kernels
-from meft_kernels.state import require_state
+from meft_kernels.patching.state import require_state
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from meft_kernels.adapters import Adapter
+from meft_kernels.engine.adapters import Adapter
 from meft_kernels.ops.adapter import api, reference
 from meft_kernels.ops.adapter.dropout import drop_threshold, keep_mask, random_bits
 from meft_kernels.ops.adapter.types import ACTIVATIONS, AdapterWeights

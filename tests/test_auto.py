@@ -13,7 +13,7 @@ import torch
 
 import meft_kernels
 from meft_kernels import AdapterFileError
-from meft_kernels.state import require_state
+from meft_kernels.patching.state import require_state
 
 from .models import TRAINABLE_START, tiny_batch, tiny_bert, tiny_llama
 

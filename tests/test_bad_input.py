@@ -17,7 +17,7 @@ from meft_kernels import (
     ReversibleUsageError,
     UnsupportedModelError,
 )
-from meft_kernels.state import find_state, require_state
+from meft_kernels.patching.state import find_state, require_state
 
 from .models import TRAINABLE_START, tiny_batch, tiny_bert, tiny_llama, train_step
 

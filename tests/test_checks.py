@@ -8,7 +8,7 @@ from torch import nn
 
 import meft_kernels
 from meft_kernels import MeftConfig, NotRepeatableError
-from meft_kernels.state import require_state
+from meft_kernels.patching.state import require_state
 
 from .models import TRAINABLE_START, VARIANTS, tiny_batch, tiny_llama, train_step
 from .test_detection import Forgetful

@@ -9,7 +9,7 @@ import pytest
 
 typer_testing = pytest.importorskip("typer.testing")
 
-from meft_kernels.cli import app  # noqa: E402
+from meft_kernels.programs.cli import app  # noqa: E402
 
 # PEFT 0.21 asks transformers 5.23 for an attribute under its old name.
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")

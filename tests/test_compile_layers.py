@@ -124,7 +124,7 @@ def test_copies_and_what_is_left_behind(tmp_path: Path) -> None:
     assert train_step(copy.deepcopy(model), batch)[0] == loss
     meft_kernels.save_adapter(model, tmp_path)
     again = meft_kernels.load_adapter(tiny("llama"), tmp_path)
-    assert not meft_kernels.state.require_state(again).config.compile_layers  # how it was run is no part of it
+    assert not meft_kernels.patching.state.require_state(again).config.compile_layers  # how it was run is no part of it
     stacks = len(compiling._compiled)
     meft_kernels.unpatch(model)
     del model

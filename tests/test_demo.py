@@ -11,7 +11,7 @@ from meft_kernels import packages
 from meft_kernels.comparison.loop import footprint, learning_rate_factor
 from meft_kernels.comparison.texts import batch_indices, load_texts
 from meft_kernels.packages import MissingPackageError
-from meft_kernels.state import count_parameters
+from meft_kernels.patching.state import count_parameters
 
 from .models import causal_folder
 

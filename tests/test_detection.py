@@ -10,7 +10,7 @@ from torch import nn
 
 import meft_kernels
 from meft_kernels import NonFiniteError, NotRepeatableError, StreamOverflowError
-from meft_kernels.state import require_state
+from meft_kernels.patching.state import require_state
 
 from .models import TRAINABLE_START, tiny_batch, tiny_bert, tiny_llama, train_step, worst_error
 

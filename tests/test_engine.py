@@ -11,7 +11,7 @@ from torch import nn
 
 import meft_kernels
 from meft_kernels.memory import LiveTensorMeter
-from meft_kernels.state import require_state
+from meft_kernels.patching.state import require_state
 
 from .models import (
     FAMILIES,

@@ -198,7 +198,7 @@ def test_sizes() -> None:
 
 
 def run(*arguments: str) -> Any:
-    from meft_kernels.cli import app
+    from meft_kernels.programs.cli import app
 
     return typer_testing.CliRunner().invoke(app, ["estimate", *arguments])
 

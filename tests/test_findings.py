@@ -156,7 +156,7 @@ def test_what_stops_is_said(tmp_path: Path) -> None:
     changes = streams._changes(model, MeftConfig(fraction_bits=28), [batch], look, [look(model, batch)])
     assert "fixed-point range" in changes["stopped"]
     assert (changes["changes"], changes["bits"]) == ([], 8)
-    assert meft_kernels.state.find_state(model) is None
+    assert meft_kernels.patching.state.find_state(model) is None
     settings = {"dtype": "float32", "configs": {"exact": {"variant": "meft1"}}}
     record = Record("finding-inversion", settings, {"exact": stopped})
     assert inversion.table([record])[1][-1] == "no forward"

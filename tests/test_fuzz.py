@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 import meft_kernels
 from meft_kernels import MeftError
 from meft_kernels.checkpoint.files import CONFIG_NAME, WEIGHTS_NAME
-from meft_kernels.state import find_state
+from meft_kernels.patching.state import find_state
 
 from .models import TRAINABLE_START, tiny_bert
 

@@ -13,7 +13,7 @@ import torch
 import meft_kernels
 from meft_kernels.engine.remainders import HostMemory, Remainders
 from meft_kernels.memory import LiveTensorMeter
-from meft_kernels.state import require_state
+from meft_kernels.patching.state import require_state
 
 from .models import TRAINABLE_START, VARIANTS, StreamWitness, tiny_batch, tiny_llama, train_step
 

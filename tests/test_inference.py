@@ -9,7 +9,7 @@ import torch
 
 import meft_kernels
 from meft_kernels import NonFiniteError, ReversibleUsageError
-from meft_kernels.state import require_state
+from meft_kernels.patching.state import require_state
 
 from .architectures.zoo import batch_for, tiny
 from .models import TRAINABLE_START, tiny_batch, tiny_bert, tiny_llama, train_step

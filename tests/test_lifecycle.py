@@ -21,7 +21,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 import meft_kernels
 from meft_kernels import PatchError
-from meft_kernels.state import find_state, require_state
+from meft_kernels.patching.state import find_state, require_state
 
 from .models import tiny_batch, tiny_bert, tiny_llama
 

@@ -12,7 +12,7 @@ from torch.distributed.fsdp import fully_shard
 
 import meft_kernels
 from meft_kernels import UnsupportedModelError
-from meft_kernels.state import find_state
+from meft_kernels.patching.state import find_state
 
 from .models import tiny_batch, tiny_llama
 

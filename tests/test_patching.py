@@ -32,8 +32,8 @@ from transformers import (
 
 import meft_kernels
 from meft_kernels.architectures import find_architecture
-from meft_kernels.describe import describe
-from meft_kernels.state import require_state, unwrap
+from meft_kernels.patching.state import require_state, unwrap
+from meft_kernels.reports.describe import describe
 
 from .architectures.zoo import tiny
 from .models import FAMILIES, TRAINABLE_START, VARIANTS, tiny_batch, tiny_bert, tiny_llama, train_step

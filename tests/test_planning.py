@@ -293,7 +293,7 @@ def test_a_patched_model_is_planned_for_again() -> None:
 
 def test_command_line(tmp_path: Any) -> None:
     testing = pytest.importorskip("typer.testing")
-    from meft_kernels.cli import app
+    from meft_kernels.programs.cli import app
 
     folder = tmp_path / "model"
     llama_config().save_pretrained(folder)

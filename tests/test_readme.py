@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 import meft_kernels
 from meft_kernels.architectures.table import as_markdown
-from meft_kernels.cli import app
+from meft_kernels.programs.cli import app
 
 from .architectures.zoo import ZOO
 

@@ -12,7 +12,7 @@ import meft_kernels
 from meft_kernels import MeftConfig
 from meft_kernels.comparison.rivals import RIVALS, Budget, UnavailableRivalError, rivals_named
 from meft_kernels.comparison.rivals.ia3 import targets
-from meft_kernels.state import count_parameters
+from meft_kernels.patching.state import count_parameters
 
 from .architectures.zoo import ZOO, batch_for, tiny
 

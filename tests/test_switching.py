@@ -13,7 +13,7 @@ import torch
 import meft_kernels
 from meft_kernels import PatchError, ReversibleUsageError
 from meft_kernels.notices import warn_once
-from meft_kernels.state import fraction_bits_of, require_state
+from meft_kernels.patching.state import fraction_bits_of, require_state
 
 from .models import TRAINABLE_START, VARIANTS, tiny_batch, tiny_bert, tiny_llama
 

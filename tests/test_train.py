@@ -20,9 +20,9 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from typer.testing import CliRunner
 
 import meft_kernels
-from meft_kernels.cli import app
-from meft_kernels.training.interruption import SaveAndStop
-from meft_kernels.training.progress import WriteHistory
+from meft_kernels.programs.cli import app
+from meft_kernels.programs.training.interruption import SaveAndStop
+from meft_kernels.programs.training.progress import WriteHistory
 
 from .training_files import WORDS, save_models, write_rows
 
@@ -108,8 +108,8 @@ def test_a_run_leaves_what_it_says(task: str, home: Path, whole: dict[str, Path]
 
 
 def test_the_accuracy_is_that_of_the_saved_adapter(home: Path, whole: dict[str, Path]) -> None:
-    from meft_kernels.training.data import load_rows
-    from meft_kernels.training.settings import DataSettings
+    from meft_kernels.programs.training.data import load_rows
+    from meft_kernels.programs.training.settings import DataSettings
 
     base = AutoModelForSequenceClassification.from_pretrained(home / "bert", num_labels=2, ignore_mismatched_sizes=True)
     model = meft_kernels.load_adapter(base, whole["classification"] / "adapter").eval()
@@ -125,8 +125,8 @@ def test_the_accuracy_is_that_of_the_saved_adapter(home: Path, whole: dict[str, 
 
 
 def test_the_loss_is_the_mean_of_the_completions_tokens(home: Path, whole: dict[str, Path]) -> None:
-    from meft_kernels.training.data import load_rows
-    from meft_kernels.training.settings import DataSettings
+    from meft_kernels.programs.training.data import load_rows
+    from meft_kernels.programs.training.settings import DataSettings
 
     model = AutoModelForCausalLM.from_pretrained(home / "llama")
     model = meft_kernels.load_adapter(model, whole["causal-lm"] / "adapter").eval()
@@ -238,8 +238,8 @@ def cut(path: Path) -> None:
 def test_half_written_checkpoints_are_known(
     name: str, spoil: Callable[[Path], None], reason: str, whole: dict[str, Path], tmp_path: Path
 ) -> None:
-    from meft_kernels.training.checkpoints import what_is_missing
-    from meft_kernels.training.methods import Meft
+    from meft_kernels.programs.training.checkpoints import what_is_missing
+    from meft_kernels.programs.training.methods import Meft
 
     copy = tmp_path / "checkpoint-14"
     shutil.copytree(whole["causal-lm"] / "checkpoint-14", copy)
@@ -326,7 +326,7 @@ def test_packed_rows_train_as_padded_ones_do(home: Path, tmp_path: Path) -> None
 def test_a_second_signal_ends_the_process(tmp_path: Path) -> None:
     code = (
         "import os, signal, time\n"
-        "from meft_kernels.training.interruption import SaveAndStop\n"
+        "from meft_kernels.programs.training.interruption import SaveAndStop\n"
         "stop = SaveAndStop()\n"
         "with stop.listening():\n"
         "    os.kill(os.getpid(), signal.SIGINT)\n"
@@ -352,7 +352,7 @@ def test_handlers_are_put_back() -> None:
 def test_a_killed_process_goes_on_exactly(task: str, home: Path, whole: dict[str, Path], tmp_path: Path) -> None:
     """SIGKILL, at whatever it is doing; then Ctrl-C as a terminal sends it; then to the end."""
     out = tmp_path / "out"
-    command = [sys.executable, "-m", "meft_kernels.cli", "train", "--out", str(out)]
+    command = [sys.executable, "-m", "meft_kernels.programs.cli", "train", "--out", str(out)]
     begin = [*options(home, task), "--config", str(home / "often.yaml")]
     for arguments, number, step in ((begin, signal.SIGKILL, 7), (["--resume"], signal.SIGINT, 17)):
         process = subprocess.Popen([*command, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)

@@ -12,7 +12,7 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from meft_kernels.training.settings import check_given, merge, resolve
+from meft_kernels.programs.training.settings import check_given, merge, resolve
 
 from .test_train import TASKS, history, home, kill_at, options, run  # noqa: F401 (home is a fixture)
 

@@ -9,11 +9,11 @@ import pytest
 from typer.testing import CliRunner
 
 from meft_kernels import MeftConfig
-from meft_kernels.cli import app
-from meft_kernels.training.data import encode, load_rows
-from meft_kernels.training.settings import HARMLESS, DataSettings, check_given, differences, merge, resolve
-from meft_kernels.training.tokens import IGNORED, Encoder
-from meft_kernels.training.yaml_file import read_yaml, write_yaml
+from meft_kernels.programs.cli import app
+from meft_kernels.programs.training.data import encode, load_rows
+from meft_kernels.programs.training.settings import HARMLESS, DataSettings, check_given, differences, merge, resolve
+from meft_kernels.programs.training.tokens import IGNORED, Encoder
+from meft_kernels.programs.training.yaml_file import read_yaml, write_yaml
 
 from .training_files import CHAT, tokenizer, write_rows
 

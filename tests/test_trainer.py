@@ -14,7 +14,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import meft_kernels
 from meft_kernels import PatchError
-from meft_kernels.state import fraction_bits_of, require_state
+from meft_kernels.patching.state import fraction_bits_of, require_state
 
 from .models import tiny_bert, tiny_llama
 

@@ -10,7 +10,7 @@ import torch
 import meft_kernels
 from meft_kernels import ReversibleUsageError
 from meft_kernels.engine.calibration import Probe
-from meft_kernels.state import require_state
+from meft_kernels.patching.state import require_state
 
 from .models import FAMILIES, TRAINABLE_START, VARIANTS, tiny_batch, tiny_bert, tiny_llama
 

@@ -16,7 +16,7 @@ from meft_kernels.comparison.loop import footprint
 from meft_kernels.comparison.records import Record
 from meft_kernels.comparison.tables import MIB
 from meft_kernels.comparison.timing import interleaved
-from meft_kernels.state import unwrap
+from meft_kernels.patching.state import unwrap
 
 from . import training
 from .shared import CPU, PAPER, Finding, Job, Sizes, change, mean_of, of_kind, percent

@@ -14,7 +14,7 @@ from benchmarks.real import real_batch, real_model
 from benchmarks.start_loss import causal_loss, hidden_states
 from meft_kernels import MeftConfig, NonFiniteError, StreamOverflowError
 from meft_kernels.engine.replay import seeded
-from meft_kernels.state import require_state, unwrap
+from meft_kernels.patching.state import require_state, unwrap
 
 from .shared import CPU, Job, Sizes, finite
 

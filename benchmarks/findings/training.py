@@ -19,7 +19,7 @@ from meft_kernels.comparison.records import Record
 from meft_kernels.comparison.rivals import RIVALS, Budget
 from meft_kernels.comparison.tasks import Task
 from meft_kernels.comparison.texts import LabelledTexts, batch_indices, load_texts
-from meft_kernels.state import find_state
+from meft_kernels.patching.state import find_state
 
 from .shared import CPU, Job, Sizes
 

@@ -16,7 +16,7 @@ from meft_kernels.comparison.rivals import Budget, Rival, UnavailableRivalError
 from meft_kernels.estimate.step import tensor_bytes
 from meft_kernels.memory import LiveTensorMeter
 from meft_kernels.packages import MissingPackageError
-from meft_kernels.state import count_parameters
+from meft_kernels.patching.state import count_parameters
 
 from .models import own, trained, twin
 from .progress import Progress

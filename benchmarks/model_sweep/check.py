@@ -17,8 +17,8 @@ from meft_kernels import MeftConfig, ReversibleUsageError, UnsupportedModelError
 from meft_kernels.architectures import find_architecture
 from meft_kernels.architectures.found import FoundArchitecture, FoundLayers
 from meft_kernels.engine.tape import Observer
-from meft_kernels.state import PatchState, require_state
-from meft_kernels.targets import find_spec
+from meft_kernels.patching.state import PatchState, require_state
+from meft_kernels.patching.targets import find_spec
 
 from .models import CannotBeMade, floats, make
 from .stand_ins import stood_in
@@ -88,7 +88,7 @@ def _checked(model: Any, batch: dict[str, Any]) -> dict[str, Any]:
 @contextmanager
 def _looked_at_once() -> Iterator[None]:
     """What was found of a model with a batch is found again without looking: it was unpatched in between."""
-    targets: Any = meft_kernels.targets
+    targets: Any = meft_kernels.patching.targets
     look_at = targets.find
     known: dict[tuple[int, int], FoundArchitecture] = {}
 

@@ -271,14 +271,14 @@ RECOMPUTES = (
     ),
     Mutation(
         "the FFN's tap stays where it was put first",
-        "adapters.py",
+        "engine/adapters.py",
         "return tapped is not None and tapped[0] is reads and tapped[1] is writes",
         "return tapped is not None",
         ("architectures/test_trainable.py", "-k", "merge"),
     ),
     Mutation(
         "what the FFN read outlives an error",
-        "adapters.py",
+        "engine/adapters.py",
         '        """Drop what was read and not written, because a module in between failed."""\n'
         "        self._pending.hidden_states = None",
         '        """Drop what was read and not written, because a module in between failed."""',
@@ -426,7 +426,7 @@ REFUSALS = (
     ),
     Mutation(
         "streams go on where states are injected",
-        "layer_lists.py",
+        "architectures/layer_lists.py",
         "ends = [0, *self.begins, len(self.calls)]",
         "ends = [0, len(self.calls)]",
         ("architectures/test_structures.py", "-k", "exact and runs"),

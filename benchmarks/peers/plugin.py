@@ -37,7 +37,7 @@ class Patcher:
         """``model``, patched if one of our families serves it and its weights are there."""
         import meft_kernels
         from meft_kernels.errors import UnsupportedModelError
-        from meft_kernels.state import require_state
+        from meft_kernels.patching.state import require_state
 
         with contextlib.suppress(UnsupportedModelError):
             meft_kernels.patch(model, adapters="none")
@@ -78,7 +78,7 @@ class Patcher:
 
 
 def is_patched(model: Any) -> bool:
-    from meft_kernels.state import find_state
+    from meft_kernels.patching.state import find_state
 
     return find_state(model) is not None
 

@@ -17,7 +17,7 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 
 from ..engine.stack_state import EXTRA_STATE, StackState
 from ..errors import PatchError
-from ..state import find_state
+from ..patching.state import find_state
 from .files import CARD_NAME, CONFIG_NAME, WEIGHTS_NAME, brought_names, saved_names, write_whole
 from .save import is_distributed, save_adapter, writes
 

@@ -14,8 +14,8 @@ from torch import nn
 
 from ..engine.stack_state import EXTRA_STATE
 from ..errors import AdapterFileError, PatchError
-from ..state import PatchState, adapter_module_names
-from ..unfrozen import unfrozen
+from ..patching.state import PatchState, adapter_module_names
+from ..patching.unfrozen import unfrozen
 from .names import plain_name
 from .vocabulary import resized_vocabulary
 

@@ -15,11 +15,11 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from ..config import MeftConfig
 from ..engine.layer import ADAPTERS
 from ..errors import AdapterFileError, PatchError
-from ..patching import Model, check_same_settings, patch_as_saved
+from ..patching.patch import Model, check_same_settings, patch_as_saved
+from ..patching.state import DEFAULT_ADAPTER, PatchState, find_state, require_state, unwrap
+from ..patching.switching import ADAPTER_SETTINGS, activated, add_slot
+from ..patching.unfrozen import adopt
 from ..rollback import all_or_nothing
-from ..state import DEFAULT_ADAPTER, PatchState, find_state, require_state, unwrap
-from ..switching import ADAPTER_SETTINGS, activated, add_slot
-from ..unfrozen import adopt
 from .base_model import are_checksums, check_base, is_fingerprint
 from .files import CONFIG_NAME, FORMAT, WEIGHTS_NAME, is_extra_state, read_json, read_shapes, read_tensors, saved_names
 from .names import plain_name

@@ -9,7 +9,7 @@ from torch import nn
 
 from ..engine.layer import ADAPTERS
 from ..errors import AdapterFileError
-from ..state import PatchState
+from ..patching.state import PatchState
 from .names import plain_name
 
 

@@ -17,8 +17,8 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from ..errors import PatchError
-from ..state import require_state, unwrap
-from ..switching import activated
+from ..patching.state import require_state, unwrap
+from ..patching.switching import activated
 from .base_model import checksums, describe_base, describe_labels, fingerprint, frozen_tensors
 from .card import model_card
 from .files import CARD_NAME, CONFIG_NAME, FORMAT, WEIGHTS_NAME, brought_names, is_extra_state, saved_names, write_whole

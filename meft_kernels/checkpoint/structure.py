@@ -8,7 +8,7 @@ from typing import Any
 from ..architectures.found import FoundLayers
 from ..architectures.found.saved import from_plain, to_plain
 from ..errors import AdapterFileError
-from ..state import PatchState
+from ..patching.state import PatchState
 
 Structure = list[dict[str, Any]]
 

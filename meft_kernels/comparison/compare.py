@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..training.progress import progress
+from ..programs.training.progress import progress
 from .rivals import Rival
 from .runs import Setup, before, is_done, run, settings_before, time_rivals, timing_settings
 

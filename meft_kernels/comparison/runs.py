@@ -14,8 +14,8 @@ from torch import nn
 
 from ..config import MeftConfig
 from ..errors import MeftError
-from ..state import count_parameters
-from ..verify import verify
+from ..patching.state import count_parameters
+from ..reports.verify import verify
 from .cases import Case
 from .loop import footprint, repeated_step, train
 from .recipes import Recipe

@@ -16,7 +16,7 @@ import transformers
 from torch import nn
 
 from ..pretrained import find_pretrained
-from ..training.metrics import token_losses
+from ..programs.training.metrics import token_losses
 from .texts import LabelledTexts, Metric, Prompt, Split
 
 Batch = dict[str, Any]

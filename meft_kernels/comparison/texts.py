@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 
 from ..packages import require
-from ..training.sources import REVIEW_SETS, open_rows
+from ..programs.training.sources import REVIEW_SETS, open_rows
 
 _BINARY_NAMES = ("negative", "positive")
 

@@ -12,9 +12,9 @@ from typing import ClassVar
 import torch
 
 from .. import ops
-from ..adapters import FusedBranch
 from ..ops import Coupled, Uncoupled, UncoupledBackward
 from ..ops.coupling.api import Impl
+from .adapters import FusedBranch
 
 
 @dataclass(frozen=True)

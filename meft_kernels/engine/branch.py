@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ..adapters import FusedBranch
+from .adapters import FusedBranch
 from .call import Call
 from .pieces import AttentionInPieces
 from .replay import first_drawn

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from ..adapters import FusedBranch
 from ..errors import ReversibleUsageError
+from .adapters import FusedBranch
 from .extras import Extras
 from .graph import gradients_of, guarded_leaf_of, reached_by
 from .pieces import AttentionInPieces, Seeds

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..adapters import FfnTap
+from .adapters import FfnTap
 
 Function = Callable[..., Any]
 

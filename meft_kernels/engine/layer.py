@@ -10,11 +10,11 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from ..adapters import Adapter, FfnTap, FusedBranch
 from ..architectures import LayerSpec
 from ..config import MeftConfig
 from ..errors import UnsupportedModelError
 from ..notices import warn_once
+from .adapters import Adapter, FfnTap, FusedBranch
 from .arguments import caches_in, without_cache
 from .bound import BoundForward
 from .boxes import Boxes, put_back

@@ -15,10 +15,10 @@ import torch
 
 from ..architectures import find_architecture
 from ..architectures.found import FoundLayers
+from ..architectures.layer_lists import LayerList, Run
 from ..config import MeftConfig
 from ..errors import ReversibleUsageError, StreamOverflowError, UnsupportedModelError
-from ..layer_lists import LayerList, Run
-from ..targets import refuse_partitioned
+from ..patching.targets import refuse_partitioned
 from .arithmetic import Arithmetic
 from .layer import PatchedLayer
 from .norms import lean_norms

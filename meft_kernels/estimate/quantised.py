@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from ..architectures.layer_lists import find_layers
 from ..config import MeftConfig
-from ..layer_lists import find_layers
-from ..targets import find_spec
+from ..patching.targets import find_spec
 
 Weights = Literal["4bit", "8bit"]
 WEIGHTS: tuple[Weights, ...] = get_args(Weights)

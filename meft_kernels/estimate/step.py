@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ..memory import LiveTensorMeter
-from ..state import unwrap
+from ..patching.state import unwrap
 
 Batch = dict[str, Any]
 

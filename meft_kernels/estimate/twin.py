@@ -24,9 +24,9 @@ from transformers import masking_utils
 from transformers.initialization import no_init_weights
 
 from .. import ops
-from ..adapters import Adapter
 from ..comparison.rivals import Budget, Rival
 from ..engine import tiles as engine_tiles
+from ..engine.adapters import Adapter
 from ..loss import chunks
 from ..memory import shortening
 from ..ops.adapter import api as adapter_api

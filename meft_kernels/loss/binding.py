@@ -16,7 +16,7 @@ from ..config import MeftConfig
 from ..engine.bound import BoundForward
 from ..errors import PatchError, UnsupportedModelError
 from ..notices import warn_once
-from ..state import unwrap
+from ..patching.state import unwrap
 from . import answers as _answers  # noqa: F401 - fills the table of lazy logits
 from .chunks import LEAST_ROWS, chunk_rows
 from .head_call import HeadCall

@@ -18,8 +18,8 @@ from ..estimate.quantised import Weights
 from ..estimate.step import tensor_bytes
 from ..estimate.twin import bare_twin, simulation
 from ..packages import require
-from ..patching import patch
-from ..state import find_state, unwrap
+from ..patching.patch import patch
+from ..patching.state import find_state, unwrap
 
 
 @dataclass(frozen=True)

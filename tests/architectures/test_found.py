@@ -14,10 +14,11 @@ import transformers
 from typer.testing import CliRunner
 
 import meft_kernels
-from meft_kernels import UnsupportedModelError, targets
+from meft_kernels import UnsupportedModelError
 from meft_kernels.architectures import find_architecture
 from meft_kernels.architectures.found import find
-from meft_kernels.cli import app
+from meft_kernels.patching import targets
+from meft_kernels.programs.cli import app
 
 from ..models import VARIANTS, worst_error
 from .exactness import FP32_BOUND, both_engines, everything_of, outputs_of, patched, step

@@ -10,9 +10,10 @@ import pytest
 import torch
 
 import meft_kernels
-from meft_kernels import supported_model_types, targets
+from meft_kernels import supported_model_types
 from meft_kernels.architectures.found import find
-from meft_kernels.state import require_state
+from meft_kernels.patching import targets
+from meft_kernels.patching.state import require_state
 
 from ..models import StreamWitness
 from .exactness import patched, step

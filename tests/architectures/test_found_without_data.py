@@ -11,12 +11,13 @@ import transformers
 from torch import nn
 
 import meft_kernels
-from meft_kernels import MeftConfig, UnsupportedModelError, targets
+from meft_kernels import MeftConfig, UnsupportedModelError
 from meft_kernels.architectures.found import find_on_a_copy
 from meft_kernels.comparison.rivals import rivals_named
 from meft_kernels.estimate.estimator import Estimator
 from meft_kernels.estimate.step import measure_step, text_batch
 from meft_kernels.estimate.twin import bare_twin, build, simulation
+from meft_kernels.patching import targets
 
 from .zoo import tiny_config
 

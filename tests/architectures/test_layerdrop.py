@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import meft_kernels
-from meft_kernels.state import require_state
+from meft_kernels.patching.state import require_state
 
 from ..models import VARIANTS, StreamWitness, worst_error
 from .exactness import FP32_BOUND, patched, step

@@ -13,7 +13,7 @@ from torch import nn
 
 import meft_kernels
 from meft_kernels.architectures import registry
-from meft_kernels.state import require_state
+from meft_kernels.patching.state import require_state
 
 from ..models import StreamWitness, worst_error
 from .exactness import CASES, FP32_BOUND, assert_exact, loss_of, patched, step

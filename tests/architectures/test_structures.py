@@ -21,7 +21,7 @@ from meft_kernels import AdapterFileError, UnsupportedModelError
 from meft_kernels.architectures import registry
 from meft_kernels.architectures.found import find
 from meft_kernels.engine.arithmetic import Arithmetic
-from meft_kernels.state import require_state
+from meft_kernels.patching.state import require_state
 
 from ..models import StreamWitness, worst_error
 from .exactness import FP32_BOUND, assert_exact, patched, step

@@ -9,7 +9,7 @@ import torch
 
 from meft_kernels.engine import pieces
 from meft_kernels.engine.arguments import without_cache
-from meft_kernels.state import require_state
+from meft_kernels.patching.state import require_state
 
 from ..models import worst_error
 from .exactness import CASES, FP32_BOUND, both_engines, patched, step

@@ -10,7 +10,7 @@ import torch
 import transformers
 
 import meft_kernels
-from meft_kernels.state import require_state
+from meft_kernels.patching.state import require_state
 
 from ..models import VARIANTS, StreamWitness, relative_error, worst_error
 from .exactness import FP32_BOUND, assert_exact, patched, skip_reason, step

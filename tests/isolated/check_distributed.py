@@ -16,7 +16,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import meft_kernels
-from meft_kernels.state import require_state
+from meft_kernels.patching.state import require_state
 from tests.architectures.zoo import batch_for, tiny
 from tests.models import TRAINABLE_START, minilm, minilm_batch, relative_error, worst_error
 

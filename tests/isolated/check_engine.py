@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import meft_kernels
-from meft_kernels import adapters
+from meft_kernels.engine import adapters
 from meft_kernels.notices import warn_once
 from meft_kernels.ops.adapter import triton_forward as kernels
 from tests.models import (

@@ -24,7 +24,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 import meft_kernels
-from meft_kernels.state import fraction_bits_of, require_state
+from meft_kernels.patching.state import fraction_bits_of, require_state
 from tests.isolated.check_distributed import fsdp2
 from tests.models import TRAINABLE_START, tiny_batch, tiny_llama, worst_error
 

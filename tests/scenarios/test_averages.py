@@ -13,7 +13,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 import meft_kernels
 from meft_kernels import PatchError
 from meft_kernels.engine import stack_state
-from meft_kernels.state import fraction_bits_of, require_state
+from meft_kernels.patching.state import fraction_bits_of, require_state
 
 from ..models import TRAINABLE_START, tiny_batch, tiny_bert, tiny_llama
 

@@ -11,7 +11,7 @@ from transformers import Trainer, TrainingArguments
 
 import meft_kernels
 from benchmarks.model_sweep.models import make
-from meft_kernels.state import require_state
+from meft_kernels.patching.state import require_state
 
 from ..models import StreamWitness, worst_error
 

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import meft_kernels
 from meft_kernels import NotRepeatableError, UnsupportedModelError
-from meft_kernels.state import find_state
+from meft_kernels.patching.state import find_state
 
 from ..architectures.zoo import batch_for, tiny
 from ..models import StreamWitness, tiny_batch, tiny_llama, train_step, worst_error

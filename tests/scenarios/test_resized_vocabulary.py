@@ -14,7 +14,7 @@ from transformers import BartConfig, BartForConditionalGeneration, BertConfig, B
 
 import meft_kernels
 from meft_kernels import AdapterFileError
-from meft_kernels.state import find_state
+from meft_kernels.patching.state import find_state
 
 from ..models import TRAINABLE_START, VOCABULARY, tiny_llama
 

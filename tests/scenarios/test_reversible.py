@@ -16,7 +16,7 @@ import meft_kernels
 from meft_kernels import PatchError
 from meft_kernels.checkpoint.plain import CALIBRATION_NAME
 from meft_kernels.memory import LiveTensorMeter
-from meft_kernels.state import find_state, require_state
+from meft_kernels.patching.state import find_state, require_state
 
 from ..models import StreamWitness, relative_error, tiny_batch, tiny_llama, train_step, worst_error
 from ..test_bad_input import assert_unchanged, fingerprint

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 import meft_kernels
 from meft_kernels import AdapterFileError
-from meft_kernels.state import find_state
+from meft_kernels.patching.state import find_state
 
 from ..models import TRAINABLE_START, relative_error, tiny_batch, tiny_llama, train_step
 

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import BertConfig, BertModel, BertPreTrainedModel, LlamaForCausalLM
 
 import meft_kernels
-from meft_kernels.state import require_state
+from meft_kernels.patching.state import require_state
 
 from ..injection import difference, everything, same
 from ..models import TRAINABLE_START, tiny_bert, tiny_llama, worst_error

@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 
 from ...errors import UnsupportedModelError
 from ...modules import owner_of
-from ...selection import choose, is_meant, unmet
+from ..selection import choose, is_meant, unmet
 from ..spec import ArchitectureSpec
 from .alike import Unproven, kinds_of
 from .batch import made_up

@@ -15,8 +15,8 @@ from transformers.initialization import no_init_weights
 
 from ...config import MeftConfig
 from ...errors import MeftError
-from ...patching import patch
-from ...state import count_parameters
+from ...patching.patch import patch
+from ...patching.state import count_parameters
 
 
 class UnavailableRivalError(MeftError):

@@ -7,11 +7,11 @@ from typing import Any
 
 from torch import nn
 
-from ...adapters import FfnTap
-from ...insertion import make_adapters
-from ...layer_lists import find_layers
-from ...state import unwrap
-from ...targets import find_spec, modules_to_train, parts_named
+from ...architectures.layer_lists import find_layers
+from ...engine.adapters import FfnTap
+from ...patching.insertion import make_adapters
+from ...patching.state import unwrap
+from ...patching.targets import find_spec, modules_to_train, parts_named
 from .base import Budget, Rival
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ...loss import bind_loss
-from ...state import unwrap
+from ...patching.state import unwrap
 from .base import is_causal
 
 

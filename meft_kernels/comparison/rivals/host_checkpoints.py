@@ -9,7 +9,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
 from ...memory import host_allocation
-from ...state import unwrap
+from ...patching.state import unwrap
 
 
 def _to_host(tensor: torch.Tensor) -> tuple[torch.device, torch.Tensor]:

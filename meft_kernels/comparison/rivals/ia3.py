@@ -7,9 +7,9 @@ from typing import Any
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from ...layer_lists import find_layers
+from ...architectures.layer_lists import find_layers
 from ...packages import require
-from ...targets import find_spec
+from ...patching.targets import find_spec
 from .base import Budget, Rival, UnavailableRivalError, is_causal
 
 # Each family's keys and values, fused where it fuses them.

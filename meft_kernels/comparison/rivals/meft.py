@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from ...patching import patch
+from ...patching.patch import patch
 from .base import Budget, Rival
 from .lora import lora
 

@@ -15,11 +15,11 @@ from torch import nn
 from torch.utils.checkpoint import get_device_states, set_device_states
 
 from ...architectures import LayerSpec
+from ...architectures.layer_lists import find_layers
 from ...config import MeftConfig
-from ...layer_lists import find_layers
 from ...memory import shortened
-from ...state import unwrap
-from ...targets import find_spec
+from ...patching.state import unwrap
+from ...patching.targets import find_spec
 from .base import UnavailableRivalError
 
 Forward = Callable[[torch.Tensor], torch.Tensor]

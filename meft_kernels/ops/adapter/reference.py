@@ -1,7 +1,7 @@
 """The adapter in plain torch: the specification of the kernels, and what runs where they cannot.
 
-Without dropout :func:`adapter` has the bits of ``meft_kernels.adapters.Adapter``. The kernels keep ``pre`` and what
-follows in fp32 up to ``z``; here they are rounded to the dtype of ``x``, as every torch op does.
+Without dropout :func:`adapter` has the bits of ``meft_kernels.engine.adapters.Adapter``. The kernels keep ``pre`` and
+what follows in fp32 up to ``z``; here they are rounded to the dtype of ``x``, as every torch op does.
 """
 
 from __future__ import annotations
