@@ -11,7 +11,7 @@ from torch import nn
 from torch.autograd import forward_ad
 from torch.utils._pytree import tree_leaves
 
-from ..errors import ReversibleUsageError
+from ..errors import ReversibleUsageError, UnsupportedModelError
 from ..notices import warn_once
 from .arguments import cached_tensors, caches_in, gives_gradient
 
@@ -137,3 +137,19 @@ def asked_for(name: str, module: nn.Module, kwargs: dict[str, Any]) -> bool:
 def trains(module: nn.Module) -> bool:
     """Whether any parameter of the module is trained."""
     return any(parameter.requires_grad for parameter in module.parameters())
+
+
+def refuse_partitioned(layer: nn.Module, name: str) -> None:
+    """DeepSpeed's ZeRO-3 empties the weights and fills them by hooks of its own, for each of a layer's modules.
+
+    A layer's adapters and its recompute use weights outside of them. It is asked again in every forward, by one look at
+    one weight, because trainers partition a model after it was patched.
+
+    Raises:
+        UnsupportedModelError: that was done to this layer.
+    """
+    if hasattr(next(layer.parameters(), None), "ds_id"):
+        raise UnsupportedModelError(
+            f"the weights of {name} are partitioned by DeepSpeed ZeRO-3, which is not supported: shard the model with "
+            "FSDP2 (patch, then fully_shard), or take a ZeRO stage below 3, which leaves weights whole"
+        )

@@ -18,13 +18,12 @@ from ..architectures.found import FoundLayers
 from ..architectures.layer_lists import LayerList, Run
 from ..config import MeftConfig
 from ..errors import ReversibleUsageError, StreamOverflowError, UnsupportedModelError
-from ..patching.targets import refuse_partitioned
 from .arithmetic import Arithmetic
 from .layer import PatchedLayer
 from .norms import lean_norms
 from .owner import BoundOwner, OwnerCall
 from .passes import Pass, Passes, Way
-from .refusals import asked_for, refuse_frozen_adapters, refuse_outputs, refuse_replica
+from .refusals import asked_for, refuse_frozen_adapters, refuse_outputs, refuse_partitioned, refuse_replica
 from .remainders import HostMemory
 from .tape import Counts, Observer, Tape
 from .threads import Gate, Switch

@@ -19,6 +19,7 @@ from ..architectures import ArchitectureSpec, find_architecture, supported_model
 from ..architectures.found import FoundLayers, find, find_on_a_copy, has_no_data
 from ..architectures.layer_lists import LayerList, fitting, is_peft
 from ..config import MeftConfig
+from ..engine.refusals import refuse_partitioned
 from ..errors import UnsupportedModelError
 
 logger = logging.getLogger(__name__)
@@ -160,22 +161,6 @@ def check_trainable(model: nn.Module, lists: list[LayerList], config: MeftConfig
                 f"reversible_layers={config.reversible_layers}, but {name} has {patched} layers above the "
                 f"{config.frozen_layers} frozen ones"
             )
-
-
-def refuse_partitioned(layer: nn.Module, name: str) -> None:
-    """DeepSpeed's ZeRO-3 empties the weights and fills them by hooks of its own, for each of a layer's modules.
-
-    A layer's adapters and its recompute use weights outside of them. It is asked again in every forward, by one look at
-    one weight, because trainers partition a model after it was patched.
-
-    Raises:
-        UnsupportedModelError: that was done to this layer.
-    """
-    if hasattr(next(layer.parameters(), None), "ds_id"):
-        raise UnsupportedModelError(
-            f"the weights of {name} are partitioned by DeepSpeed ZeRO-3, which is not supported: shard the model with "
-            "FSDP2 (patch, then fully_shard), or take a ZeRO stage below 3, which leaves weights whole"
-        )
 
 
 def modules_to_train(
