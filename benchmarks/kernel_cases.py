@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 
 from meft_kernels import ops
+from meft_kernels.fixed_point import reciprocal
 from meft_kernels.ops import AdapterWeights
-from meft_kernels.ops.coupling.api import reciprocal
 from meft_kernels.ops.coupling.packing import remainder_bits
 
 OPS = (

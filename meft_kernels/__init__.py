@@ -1,41 +1,41 @@
 """Reversible fine-tuning of pretrained transformers: no activations kept, gradients exact at any depth."""
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
-from . import ops
-from .architectures import ArchitectureSpec, LayerSpec, register_architecture, supported_model_types
-from .checkpoint.auto import (
-    AutoMeftModel,
-    AutoMeftModelForCausalLM,
-    AutoMeftModelForQuestionAnswering,
-    AutoMeftModelForSeq2SeqLM,
-    AutoMeftModelForSequenceClassification,
-    AutoMeftModelForTokenClassification,
-)
-from .checkpoint.load import load_adapter
-from .checkpoint.save import save_adapter
-from .config import MeftConfig
-from .errors import (
-    AdapterFileError,
-    BudgetError,
-    MeftError,
-    NonFiniteError,
-    NotRepeatableError,
-    PatchError,
-    ReversibleUsageError,
-    StreamOverflowError,
-    UnsupportedModelError,
-)
-from .patching.patch import patch, unpatch
-from .patching.reference import ReferenceModel, reference_model
-from .patching.reversible import reversible
-from .patching.switching import adapter_names, add_adapter, delete_adapter, disable_adapter, set_adapter
-from .reports.describe import Description, describe, print_trainable_parameters
-from .reports.verify import VerifyReport, calibrate, verify
-
 if TYPE_CHECKING:
+    from . import ops
+    from .architectures import ArchitectureSpec, LayerSpec, register_architecture, supported_model_types
+    from .checkpoint.auto import (
+        AutoMeftModel,
+        AutoMeftModelForCausalLM,
+        AutoMeftModelForQuestionAnswering,
+        AutoMeftModelForSeq2SeqLM,
+        AutoMeftModelForSequenceClassification,
+        AutoMeftModelForTokenClassification,
+    )
+    from .checkpoint.load import load_adapter
+    from .checkpoint.save import save_adapter
+    from .config import MeftConfig
+    from .errors import (
+        AdapterFileError,
+        BudgetError,
+        MeftError,
+        NonFiniteError,
+        NotRepeatableError,
+        PatchError,
+        ReversibleUsageError,
+        StreamOverflowError,
+        UnsupportedModelError,
+    )
+    from .patching.patch import patch, unpatch
+    from .patching.reference import ReferenceModel, reference_model
+    from .patching.reversible import reversible
+    from .patching.switching import adapter_names, add_adapter, delete_adapter, disable_adapter, set_adapter
     from .planning import Plan, plan
     from .reports.callback import MeftCallback
+    from .reports.describe import Description, describe, print_trainable_parameters
+    from .reports.verify import VerifyReport, calibrate, verify
 
 __all__ = [
     "AdapterFileError",
@@ -83,13 +83,53 @@ __all__ = [
 ]
 
 
+# By the module that has it. torch takes seconds to import and transformers' Trainer more, and a command that only reads
+# its options needs neither: each name is imported when it is first asked for.
+_PLACES = {
+    "architectures": ("ArchitectureSpec", "LayerSpec", "register_architecture", "supported_model_types"),
+    "checkpoint.auto": (
+        "AutoMeftModel",
+        "AutoMeftModelForCausalLM",
+        "AutoMeftModelForQuestionAnswering",
+        "AutoMeftModelForSeq2SeqLM",
+        "AutoMeftModelForSequenceClassification",
+        "AutoMeftModelForTokenClassification",
+    ),
+    "checkpoint.load": ("load_adapter",),
+    "checkpoint.save": ("save_adapter",),
+    "config": ("MeftConfig",),
+    "errors": (
+        "AdapterFileError",
+        "BudgetError",
+        "MeftError",
+        "NonFiniteError",
+        "NotRepeatableError",
+        "PatchError",
+        "ReversibleUsageError",
+        "StreamOverflowError",
+        "UnsupportedModelError",
+    ),
+    "patching.patch": ("patch", "unpatch"),
+    "patching.reference": ("ReferenceModel", "reference_model"),
+    "patching.reversible": ("reversible",),
+    "patching.switching": ("adapter_names", "add_adapter", "delete_adapter", "disable_adapter", "set_adapter"),
+    "planning": ("Plan", "plan"),
+    "reports.callback": ("MeftCallback",),
+    "reports.describe": ("Description", "describe", "print_trainable_parameters"),
+    "reports.verify": ("VerifyReport", "calibrate", "verify"),
+}
+_PLACE_OF = {name: place for place, names in _PLACES.items() for name in names}
+
+
 def __getattr__(name: str) -> Any:
-    if name == "MeftCallback":  # with it comes transformers' Trainer, which takes a second to import
-        from .reports.callback import MeftCallback
+    if name == "ops":
+        return importlib.import_module(".ops", __name__)
+    if name not in _PLACE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f".{_PLACE_OF[name]}", __name__), name)
+    globals()[name] = value  # found without this function the next time
+    return value
 
-        return MeftCallback
-    if name in ("Plan", "plan"):  # with it comes the estimator
-        from . import planning
 
-        return getattr(planning, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from .ops.coupling.api import MAX_FRACTION_BITS, Impl, reciprocal
+from .fixed_point import MAX_FRACTION_BITS, Impl, reciprocal
 
 Variant = Literal["meft1", "meft2", "meft3"]
 Arithmetic = Literal["exact", "float"]

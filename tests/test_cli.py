@@ -6,6 +6,9 @@ import subprocess
 import sys
 
 import pytest
+import torch
+
+import meft_kernels
 
 typer_testing = pytest.importorskip("typer.testing")
 
@@ -23,11 +26,42 @@ def run(*arguments):
 
 def test_the_library_alone_imports_none_of_the_demo():
     code = (
-        "import sys, meft_kernels, meft_kernels.memory\n"
+        "import sys, meft_kernels.memory\n"
+        "for name in {*meft_kernels.__all__} - {'MeftCallback', 'Plan', 'plan'}: getattr(meft_kernels, name)\n"
         "print([name for name in ('typer', 'rich', 'datasets', 'peft', 'matplotlib') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_what_only_reads_its_options_answers_without_torch(tmp_path):
+    (tmp_path / "a.csv").write_text("review,label\na,0\n")
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n{"text": "b", "stars": 1}\n')
+    commands = [["--help"], ["--version"], ["models"], ["train", "--help"]]
+    if torch.version.cuda is None and torch.version.hip is None:
+        commands.append(["env"])
+    wrong = [["--data", "a.csv"], ["--data", "a.jsonl", "--task", "classification"]]
+    commands += [["train", "--model", "minilm", "--out", "out", *each] for each in wrong]
+    code = (
+        "import sys\n"
+        "from typer.testing import CliRunner\n"
+        "from meft_kernels.programs.cli import app\n"
+        f"for command in {commands}:\n"
+        "    done = CliRunner().invoke(app, command)\n"
+        "    assert done.exit_code == (2 if '--model' in command else 0), done.output\n"
+        "    assert '--model' not in command or 'the columns' in done.output, done.output\n"
+        "    assert 'torch' not in sys.modules, command\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path)
+
+
+def test_every_public_name_is_where_it_is_said_to_be():
+    places = {name for names in meft_kernels._PLACES.values() for name in names}
+    assert {*places, "ops"} == set(meft_kernels.__all__)
+    assert all(getattr(meft_kernels, name) is not None for name in meft_kernels.__all__)
+    assert set(meft_kernels.__all__) <= set(dir(meft_kernels))
+    with pytest.raises(AttributeError, match="no attribute 'pacth'"):
+        meft_kernels.pacth  # noqa: B018
 
 
 def test_version():

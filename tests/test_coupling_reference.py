@@ -11,7 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from meft_kernels.ops.coupling.api import MAX_FRACTION_BITS, couple, reciprocal, uncouple, use_triton
+from meft_kernels.fixed_point import MAX_FRACTION_BITS, reciprocal
+from meft_kernels.ops.coupling.api import couple, uncouple, use_triton
 from meft_kernels.ops.coupling.packing import pack, packed_shape, remainder_bits, unpack
 from meft_kernels.ops.coupling.types import INT_LIMIT, NON_FINITE, OVERFLOW
 

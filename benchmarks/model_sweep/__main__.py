@@ -52,7 +52,11 @@ def main() -> None:
     results = _recorded()
     if not chosen.table:
         _sweep(results, chosen)
+    from meft_kernels.architectures.table import write_table
+
     from .table import COUNT, count, page
+
+    write_table()
 
     PAGE.write_text(page(results), encoding="utf-8")
     for place in COUNTED:

@@ -1,14 +1,18 @@
-"""The table of supported models, made from the registry."""
+"""The table of supported models: made from the registry once, and read without it by who only shows it."""
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 from .registry import find_architecture, supported_model_types
 
-COLUMNS = ("model", "`config.model_type`", "notes")
+TABLE = Path(__file__).parent / "supported.json"
+"""What ``meft-kernels models`` shows: with torch and every family it would take seconds for a page of text."""
 
 
-def supported_models() -> list[tuple[str, str, str]]:
-    """A row for every supported model type: the model's name, its ``config.model_type``, notes."""
+def supported_models() -> list[list[str]]:
+    """A row for every model type with a family file: the model's name, its ``config.model_type``, notes."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
     rows = []
@@ -16,11 +20,10 @@ def supported_models() -> list[tuple[str, str, str]]:
         spec = find_architecture(model_type)
         assert spec is not None
         name = CONFIG_MAPPING_NAMES.get(model_type, model_type).removesuffix("Config")
-        rows.append((name, model_type, spec.notes))
+        rows.append([name, model_type, spec.notes])
     return rows
 
 
-def as_markdown() -> str:
-    """The table as docs/supported-models.md has it."""
-    rows = [COLUMNS, ("---",) * 3, *((name, f"`{kind}`", notes) for name, kind, notes in supported_models())]
-    return "".join(f"| {' | '.join(row)} |\n".replace("|  |", "| |") for row in rows)
+def write_table() -> None:
+    """Make the table anew, after a change of a family."""
+    TABLE.write_text(json.dumps(supported_models(), indent=1) + "\n", encoding="utf-8")

@@ -14,10 +14,10 @@ from transformers.activations import ACT2FN
 
 from .. import ops
 from ..errors import ReversibleUsageError
+from ..fixed_point import Impl
 from ..modules import Parts, has_hooks, hooked, modules_of
 from ..notices import warn_once
 from ..ops import AdapterWeights
-from ..ops.coupling.api import Impl
 from .exporting import exporting
 
 logger = logging.getLogger(__name__)

@@ -12,8 +12,8 @@ from typing import ClassVar
 import torch
 
 from .. import ops
+from ..fixed_point import Impl
 from ..ops import Coupled, Uncoupled, UncoupledBackward
-from ..ops.coupling.api import Impl
 from .adapters import FusedBranch
 
 

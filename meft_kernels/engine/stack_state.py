@@ -11,7 +11,7 @@ from torch import nn
 
 from ..config import MeftConfig
 from ..errors import PatchError
-from ..ops.coupling.api import MAX_FRACTION_BITS
+from ..fixed_point import MAX_FRACTION_BITS
 from .arithmetic import Arithmetic
 
 logger = logging.getLogger(__name__)

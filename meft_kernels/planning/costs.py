@@ -25,7 +25,7 @@ from typing import Any
 from ..config import MeftConfig
 from ..engine.tiles import AUTO_ROWS, AUTO_ROWS_ELSEWHERE
 from ..estimate.depth import depth_of
-from ..ops.coupling.api import reciprocal
+from ..fixed_point import reciprocal
 from ..ops.coupling.packing import remainder_bits
 
 BUS = 25e9

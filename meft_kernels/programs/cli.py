@@ -7,6 +7,7 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
+import runpy
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -197,7 +198,6 @@ app.command()(models)
 @app.command()
 def env() -> None:
     """Versions, device and kernels: paste this into a bug report."""
-    import torch
 
     def version(package: str) -> str:
         try:
@@ -208,23 +208,35 @@ def env() -> None:
     lines = {"python": platform.python_version(), "system": platform.platform()}
     packages = ("meft_kernels", "torch", "triton", "transformers", "peft", "accelerate", "datasets", "safetensors")
     lines |= {package: version(package) for package in packages}
-    lines["cpu threads"] = str(torch.get_num_threads())
-    if torch.cuda.is_available():
-        for index in range(torch.cuda.device_count()):
-            major, minor = torch.cuda.get_device_capability(index)
-            lines[f"cuda:{index}"] = f"{torch.cuda.get_device_name(index)}, compute capability {major}.{minor}"
-        lines["cuda"] = str(torch.version.cuda)
-    else:
-        lines["cuda"] = "no device"
+    lines["cpu cores"] = str(os.cpu_count())
+    lines |= _cuda()
     has_triton = importlib.util.find_spec("triton") is not None
     lines["coupling kernels"] = "triton on CUDA, torch elsewhere" if has_triton else "torch (triton is not installed)"
     lines["variables"] = " ".join(
-        f"{name}={os.environ[name]}" for name in ("HF_HUB_OFFLINE", "TRITON_INTERPRET") if name in os.environ
+        f"{name}={os.environ[name]}"
+        for name in ("CUDA_VISIBLE_DEVICES", "HF_HUB_OFFLINE", "OMP_NUM_THREADS", "TRITON_INTERPRET")
+        if name in os.environ
     )
     lines = {name: value for name, value in lines.items() if value}
     width = max(map(len, lines))
     for name, value in lines.items():
         console.print(f"{name:<{width}}  {value}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _cuda() -> dict[str, str]:
+    """What torch sees of GPUs. A build without CUDA says so by its version: torch takes seconds to import."""
+    found = importlib.util.find_spec("torch")
+    assert found is not None and found.origin is not None
+    of_torch = runpy.run_path(str(Path(found.origin).with_name("version.py")))
+    if of_torch.get("cuda") is None and of_torch.get("hip") is None:
+        return {"cuda": "torch was built without it"}
+    import torch
+
+    lines = {"cuda": str(torch.version.cuda or torch.version.hip) if torch.cuda.is_available() else "no device"}
+    for index in range(torch.cuda.device_count()):
+        major, minor = torch.cuda.get_device_capability(index)
+        lines[f"cuda:{index}"] = f"{torch.cuda.get_device_name(index)}, compute capability {major}.{minor}"
+    return lines
 
 
 def main() -> None:

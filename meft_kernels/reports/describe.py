@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from ..engine.stack import ReversibleStack
-from ..ops.coupling.api import reciprocal
+from ..fixed_point import reciprocal
 from ..ops.coupling.packing import remainder_bits
 from ..patching.state import count_parameters, require_state, unwrap
 

@@ -10,12 +10,12 @@ import torch
 import triton
 import triton.language as tl
 
+from meft_kernels.fixed_point import reciprocal
 from meft_kernels.ops.adapter import api, triton_parts
 from meft_kernels.ops.adapter import triton_backward as backward
 from meft_kernels.ops.adapter import triton_forward as kernels
 from meft_kernels.ops.adapter.dropout import drop_threshold, keep_mask, random_bits
 from meft_kernels.ops.adapter.types import AdapterWeights
-from meft_kernels.ops.coupling.api import reciprocal
 from meft_kernels.ops.coupling.checksum import checksum
 from meft_kernels.ops.coupling.packing import pack
 from meft_kernels.ops.coupling.types import NON_FINITE, OVERFLOW, Coupled

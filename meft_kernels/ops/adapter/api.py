@@ -9,7 +9,8 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from ...engine.replay import draw_seed
-from ..coupling.api import Impl, check_remainder
+from ...fixed_point import Impl
+from ..coupling.api import check_remainder
 from ..coupling.types import Coupled, Uncoupled
 from . import reference
 from .checks import check_adapter, check_gradient, check_lane, check_like, seed_of, use_triton

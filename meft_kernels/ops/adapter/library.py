@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ..coupling.api import reciprocal
+from ...fixed_point import reciprocal
 from ..coupling.library import fake_totals, fake_value, present
 from ..coupling.packing import packed_shape
 from ..coupling.types import Coupled

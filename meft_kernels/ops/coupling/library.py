@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 
+from ...fixed_point import reciprocal
 from . import api
 from .packing import packed_shape
 from .types import Coupled, Uncoupled
@@ -156,7 +157,7 @@ def couple(
         y = a
     else:
         y, value, remainder, checksum, status = torch.ops.meft_kernels.couple(*arguments)
-    has_remainder = fraction_bits is not None and api.reciprocal(coefficient)[0] > 1
+    has_remainder = fraction_bits is not None and reciprocal(coefficient)[0] > 1
     return Coupled(y, None if value_dtype is None else value, remainder if has_remainder else None, checksum, status)
 
 

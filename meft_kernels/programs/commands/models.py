@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
+from importlib.resources import files
 from typing import Annotated
 
 import typer
 
 from .shared import console, errors, quiet, user_errors
+
+COLUMNS = ("model", "`config.model_type`", "notes")
 
 
 def models(
@@ -28,14 +32,14 @@ def models(
                 errors.print(str(error), style="red", markup=False, highlight=False, soft_wrap=True)
                 raise typer.Exit(1) from None
         return
+    rows = json.loads((files("meft_kernels") / "architectures" / "supported.json").read_text(encoding="utf-8"))
+    if markdown:
+        lines = [COLUMNS, ("---",) * 3, *((name, f"`{kind}`", notes) for name, kind, notes in rows)]
+        print("".join(f"| {' | '.join(line)} |\n".replace("|  |", "| |") for line in lines), end="")
+        return
     from rich.table import Table
 
-    from ...architectures.table import COLUMNS, as_markdown, supported_models
-
-    if markdown:
-        print(as_markdown(), end="")
-        return
     table = Table(*(column.strip("`") for column in COLUMNS))
-    for row in supported_models():
+    for row in rows:
         table.add_row(*row)
     console.print(table)

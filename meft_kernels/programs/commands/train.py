@@ -63,11 +63,18 @@ def train(
         if resume and overwrite:
             raise ValueError("--resume goes on with the run that --overwrite would remove: give one of them")
         quiet()
+        from ..training.columns import check_file
+        from ..training.yaml_file import read_yaml
+
+        read = {} if config is None else read_yaml(config)
+        given_data = read.get("data") if isinstance(read, dict) else None
+        in_section = given_data if isinstance(given_data, dict) else {"source": given_data}
+        check_file({**in_section, **given(source=data, text=text, label=label)}, task or read.get("task"))
+
         from ..training.run import HISTORY, METRICS, SETTINGS
         from ..training.run import train as run
         from ..training.settings import check_given
         from ..training.settings import merge as over
-        from ..training.yaml_file import read_yaml
 
         if held_out is not None and held_out >= 1:
             if held_out != int(held_out):
@@ -88,7 +95,7 @@ def train(
                 seed=seed,
             ),
         }
-        in_file = {} if config is None else check_given(read_yaml(config), str(config))
+        in_file = {} if config is None else check_given(read, str(config))
         try:
             outcome = run(over(in_file, flags), out, resume=resume, overwrite=overwrite, console=console)
         except KeyboardInterrupt:  # before the first step, or in the last evaluation

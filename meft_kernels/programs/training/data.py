@@ -11,12 +11,12 @@ from typing import Any
 import torch
 
 from ...packages import TRAIN_EXTRA, require
-from .settings import DataSettings, Task
+from .columns import COLUMNS, Task, choose
+from .settings import DataSettings
 from .sources import open_rows
 from .tokens import Encoder
 
 _MOST_HELD_OUT = 1000
-_COLUMNS = ("text", "label", "prompt", "completion", "messages")
 Row = tuple[Any, ...]
 """(text, label), (text,), (prompt, completion) or (messages,)."""
 
@@ -51,7 +51,7 @@ def load_rows(settings: DataSettings, requested: Task | None) -> Rows:
     """
     name = str(settings.source)
     rows, held_out = open_rows(name, split=settings.split, held_out_split=settings.held_out_split)
-    task, columns = _choose(name, rows.column_names, settings, requested)
+    task, columns = choose(name, rows.column_names, {each: getattr(settings, each) for each in COLUMNS}, requested)
     for part in (rows, held_out) if held_out is not None else (rows,):
         _check_columns(name, part, columns, settings)
     found, dropped = _complete(rows, columns, task)
@@ -105,33 +105,6 @@ def encode(rows: Rows, encoder: Encoder) -> tuple[Any, Any, int]:
             raise ValueError(f"no {name} text has tokens to learn from within max_length={encoder.max_length}")
         made.append(datasets.Dataset.from_list(encoded))
     return made[0], made[1], lost
-
-
-def _choose(
-    name: str, present: list[str], settings: DataSettings, requested: Task | None
-) -> tuple[Task, tuple[str, ...]]:
-    """The task that the columns are for, or the columns for the task that was asked for."""
-    layouts: list[tuple[Task, tuple[str, ...]]] = [
-        ("causal-lm", (settings.messages,)),
-        ("causal-lm", (settings.prompt, settings.completion)),
-        ("classification", (settings.text, settings.label)),
-        ("causal-lm", (settings.text,)),
-    ]
-    if requested is None:
-        # Of what is left another task might be made: a language model, where the name of the label was mistyped.
-        for setting in _COLUMNS:
-            column = getattr(settings, setting)
-            if column != getattr(DataSettings, setting) and column not in present:
-                raise ValueError(f"data.{setting}: {name} has no column {column!r}; it has {', '.join(present)}")
-    for task, columns in layouts:
-        if requested in (None, task) and set(columns) <= set(present):
-            return task, columns
-    wanted = " or ".join(" and ".join(columns) for task, columns in layouts if requested in (None, task))
-    raise ValueError(
-        f"{name} has the columns {', '.join(present)}; wanted {'' if requested is None else f'for {requested} '}is "
-        f"{wanted}. Other names: --text and --label, or in the YAML file of --config "
-        "'data: {text: review, label: stars}', prompt, completion and messages likewise"
-    )
 
 
 def _check_columns(name: str, rows: Any, columns: tuple[str, ...], settings: DataSettings) -> None:

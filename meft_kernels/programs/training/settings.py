@@ -8,7 +8,7 @@ import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import transformers
@@ -17,10 +17,9 @@ from ...config import MeftConfig, no_setting, option
 from ...packages import TRAIN_EXTRA, require
 from ...patching.reversible import OF_ADAPTERS, check_no_adapters
 from ...pretrained import NAMES
+from .columns import COLUMNS, TASKS, Task
 from .sources import REVIEW_SETS
 
-Task = Literal["classification", "causal-lm"]
-TASKS: tuple[Task, ...] = ("classification", "causal-lm")
 METHODS = ("meft", "lora")
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -32,11 +31,13 @@ class DataSettings:
     source: str | None = option(
         None, "imdb, rotten_tomatoes, a .csv or .jsonl file, a folder of save_to_disk, a hub id"
     )
-    text: str = option("text", "name of the column with the text")
-    label: str = option("label", "name of the column with the class")
-    prompt: str = option("prompt", "name of the column with what comes before the completion, not trained on")
-    completion: str = option("completion", "name of the column with what is to follow the prompt")
-    messages: str = option("messages", "name of the column with conversations; the assistant's turns are trained on")
+    text: str = option(COLUMNS["text"], "name of the column with the text")
+    label: str = option(COLUMNS["label"], "name of the column with the class")
+    prompt: str = option(COLUMNS["prompt"], "name of the column with what comes before the completion, not trained on")
+    completion: str = option(COLUMNS["completion"], "name of the column with what is to follow the prompt")
+    messages: str = option(
+        COLUMNS["messages"], "name of the column with conversations; the assistant's turns are trained on"
+    )
     split: str = option("train", "part of the source to train on, if it has parts")
     held_out_split: str | None = option(None, "part that is held out; None: validation, or else test, if there is one")
     held_out: int | float | None = option(
