@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import inspect
 import sys
+import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import CodeType, FrameType
@@ -20,6 +21,9 @@ from meft_kernels.patching.state import AdapterSlot, find_state
 PACKAGE = str(Path(meft_kernels.__file__).parent)
 MECHANISM = {str(Path(PACKAGE) / "rollback.py"), str(Path(PACKAGE) / "engine" / "threads.py")}
 """What puts things back, and opens the gate for other threads, is trusted to run, as is leaving a ``with`` block."""
+
+CALLBACKS = {str(weakref.__file__), str(Path(torch.__file__).parent / "_dynamo" / "utils.py")}
+"""What runs as an object dies. torch.compile, once used, keeps a weak reference to every module that is made."""
 
 
 class Injected(Exception):
@@ -45,7 +49,8 @@ class _Calls:
     @staticmethod
     def _is_trusted(code: CodeType) -> bool:
         """Generators too: when one is closed that was not used up, Python swallows what is raised."""
-        return code.co_filename in MECHANISM or code.co_name == "__exit__" or bool(code.co_flags & inspect.CO_GENERATOR)
+        generates = bool(code.co_flags & inspect.CO_GENERATOR)
+        return code.co_filename in MECHANISM | CALLBACKS or code.co_name == "__exit__" or generates
 
     def __call__(self, frame: FrameType, event: str, argument: Any) -> None:
         caller = frame if event == "c_call" else frame.f_back if event == "call" else None

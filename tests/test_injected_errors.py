@@ -75,6 +75,7 @@ OPERATIONS: dict[str, tuple[Callable[[Path], Any], Callable[[Any, Path], object]
 def test_operations(name: str, error: type[BaseException], tmp_path: Path) -> None:
     build, operation = OPERATIONS[name]
     patched(tmp_path)
+    operation(build(tmp_path), tmp_path)  # once without a look: Python asks a class only once whether it is a Mapping
     model = build(tmp_path)
     other = build(tmp_path)
     sites = call_sites(lambda: operation(other, tmp_path))

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.models.sam.modeling_sam import SamLayerNorm
 from transformers.models.t5.modeling_t5 import T5LayerNorm
 
 import meft_kernels
@@ -97,6 +98,7 @@ def test_which_norms_are_taken_and_given_back() -> None:
         "model.layers.2.input_layernorm",
     ]
     assert lean_norms(tiny_bert(), None) == []  # torch's own kernel keeps no more
+    assert lean_norms(SamLayerNorm(8, data_format="channels_first"), None) == []  # channels are no last dimension
     off = meft_kernels.patch(tiny_llama(), lean_norms=False)
     assert not any(isinstance(vars(module).get("forward"), LeanNorm) for module in off.modules())
 

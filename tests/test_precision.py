@@ -12,7 +12,7 @@ from meft_kernels.memory import LiveTensorMeter
 
 from .architectures.exactness import FP32_BOUND, both_engines
 from .architectures.zoo import batch_for, tiny
-from .models import TRAINABLE_START, VARIANTS, tiny_bert, worst_error
+from .models import TRAINABLE_START, VARIANTS, relative_error, tiny_bert, worst_error
 
 FAMILIES = ["llama", "bert", "t5"]
 
@@ -38,20 +38,28 @@ def step(model: Any, autocast: torch.dtype | None = None) -> tuple[float, dict[s
 def assert_engines_agree(name: str, *, autocast: torch.dtype | None = None, **settings: Any) -> None:
     """Both engines run the same layers on the same inputs, so that their gradients differ by the order of a few sums.
 
-    Under autocast those sums are in float32 and only the rounding of their results to 16 bits can differ, here and
-    there: less than eps of the whole gradient. In half precision a gradient that two branches add up to is rounded once
-    more or once less: a few times eps of the dtype that gradients have.
+    Under autocast those sums are in float32, and only the rounding of their results to 16 bits can differ, here and
+    there: less than eps of the whole gradient. Where one differs, so do roundings further down, so that a tensor is
+    held to what rounding itself has done by then: half of plain autograd's distance from the gradient in float32. In
+    half precision a gradient that two branches add up to is rounded once more or once less: a few times eps of the
+    dtype that gradients have.
     """
     found, expected = both_engines(
         lambda engine: patched(name, engine=engine, **settings), lambda model: step(model, autocast)
     )
     assert all(torch.isfinite(gradient).all() for gradient in found.values())
     dtype = settings.get("dtype", torch.float32)
-    if dtype != torch.float32:
-        bound = 8 * torch.finfo(dtype).eps
-    else:
-        bound = FP32_BOUND if autocast is None else torch.finfo(autocast).eps
-    assert worst_error(found, expected, floor=1e-3) <= bound
+    if dtype != torch.float32 or autocast is None:
+        bound = FP32_BOUND if dtype == torch.float32 else 8 * torch.finfo(dtype).eps
+        assert worst_error(found, expected, floor=1e-3) <= bound
+        return
+    eps = torch.finfo(autocast).eps
+    assert relative_error(found, expected) <= eps
+    _, truth = step(patched(name, engine="autograd", **settings))
+    least = 1e-3 * eps * sum(float(gradient.double().square().sum()) for gradient in truth.values()) ** 0.5
+    for key, plain in expected.items():
+        off = float((plain.double() - truth[key].double()).norm())
+        assert float((found[key].double() - plain.double()).norm()) <= max(off, least) / 2, key
 
 
 @pytest.mark.parametrize("autocast", [torch.bfloat16, torch.float16])

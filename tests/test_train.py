@@ -186,6 +186,7 @@ def test_signals_save_and_the_run_goes_on_exactly(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     out = tmp_path / "out"
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts what runs behind it with none
     with monkeypatch.context() as patched:
         kill_at(patched, number, lambda what, state: (what, state.global_step) == (event, step))
         said = run(*options(home, task), "--config", home / "often.yaml", "--out", out, code=130)

@@ -121,7 +121,7 @@ def _is_plain(module: nn.Module) -> bool:
     return (
         cls.__name__.endswith(("RMSNorm", "LayerNorm"))
         and cls.forward.__module__.startswith("transformers.")
-        and cls.forward is not nn.LayerNorm.forward
+        and not isinstance(module, nn.LayerNorm)  # torch's own keeps its input alone, and SAM's takes channels first
         and "forward" not in vars(module)
         and not module._modules
     )

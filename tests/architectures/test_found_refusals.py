@@ -92,6 +92,15 @@ class Dead(Layer):
         return super().forward(x).detach()
 
 
+class WiderInTraining(Layer):
+    """RF-DETR's decoder takes thirteen times as many queries in training, and counts on it."""
+
+    def forward(self, x: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        if self.training:
+            x.split(x.shape[1] // 13, dim=1)
+        return super().forward(x)
+
+
 Run = Callable[[Any, torch.Tensor], torch.Tensor]
 
 
@@ -137,6 +146,7 @@ BAD: dict[str, tuple[type[Layer], Run, str]] = {
     "in place": (InPlace, in_turn, r"stack\.0 writes into the hidden states that it is given"),
     "state": (KeepsState, in_turn, r"stack\.0 gives something else when it is called again with the same arguments"),
     "generator": (OwnGenerator, in_turn, r"stack\.0 in training gives something else each time"),
+    "wider": (WiderInTraining, in_turn, r"stack\.0 in training does not take what a model in eval mode gives it: Runt"),
     "behind": (Behind, in_turn, r"gradients go another way through stack\.1 .*it reads what stack\.0 computed"),
     "dead": (Dead, in_turn, r"no gradient goes|nothing that the model returns depends on what stack"),
     "backwards": (Layer, backwards, r"stack\.2 was called where stack\.0 was due"),

@@ -138,6 +138,12 @@ def _again(call: Call, *, training: bool = False) -> _Again:
         call.module.train(training)
         with torch.enable_grad(), buffers_kept(call.module), seeded(0 if training else None, leaf.device):
             output = call.module.forward(leaf.view_as(leaf), **kwargs)
+    except Exception as error:
+        if not training:
+            raise
+        # RF-DETR's decoder, say, which takes thirteen times as many queries in training and looks for them.
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise Unproven(f"{call.name} in training does not take what a model in eval mode gives it: {reason}") from error
     finally:
         for part, mode in modes:
             part.training = mode
