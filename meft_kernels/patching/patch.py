@@ -215,6 +215,13 @@ def _report(base: nn.Module, state: PatchState) -> None:
         logger.info("planned %s", state.plan.line())
     for stack in state.stacks:
         _warn_of_drift(stack)
+    without = [stack.name for stack in state.stacks if stack.layers[0].spec.attention_pieces is None]
+    if config.attention == "pieces" and without:
+        logger.warning(
+            "meft_kernels: attention='pieces' changes nothing for %s: which products its attention is made of is "
+            "written in no family file, and it runs whole",
+            ", ".join(dict.fromkeys(without)),
+        )
     if config.adapters == "all" and is_peft(base):
         logger.warning(
             "meft_kernels: what PEFT saves of this model, the checkpoints of a Trainer among it, holds PEFT's weights "

@@ -129,3 +129,12 @@ def test_one_token_and_one_text() -> None:
         found, expected = both_engines(make, lambda model, batch=batch: step(model, batch))
         assert found.keys() == expected.keys()
         assert worst_error(found, expected, floor=1e-3) <= FP32_BOUND
+
+
+def test_attention_that_nobody_took_to_pieces_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    patched(tiny("gpt2"), attention="pieces")
+    assert "attention='pieces' changes nothing for transformer.h:" in caplog.text
+    caplog.clear()
+    patched(tiny("llama"), attention="pieces")
+    patched(tiny("gpt2"), attention="whole")
+    assert "pieces" not in caplog.text
