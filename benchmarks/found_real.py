@@ -32,7 +32,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="*", default=["minilm", "smollm2", "gemma3"])
     warnings.filterwarnings("ignore")
     print(
-        "| model | loss, patched | losses and gradients | forward, ms | patch, ms | without a file | more, in forwards |"
+        "| model | loss, patched | losses, gradients | forward, ms | patch, ms | without a file | more, in forwards |"
     )
     print("| --- | --- | --- | --- | --- | --- | --- |")
     for name in parser.parse_args().models:
