@@ -1,6 +1,7 @@
 """Reversible fine-tuning of pretrained transformers: no activations kept, gradients exact at any depth."""
 
 import importlib
+import importlib.metadata
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -122,6 +123,8 @@ _PLACE_OF = {name: place for place, names in _PLACES.items() for name in names}
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return importlib.metadata.version(__name__)
     if name == "ops":
         return importlib.import_module(".ops", __name__)
     if name not in _PLACE_OF:

@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -67,7 +68,15 @@ def test_every_public_name_is_where_it_is_said_to_be():
 def test_version():
     import importlib.metadata
 
-    assert run("--version").output.strip() == importlib.metadata.version("meft_kernels")
+    assert run("--version").output.strip() == importlib.metadata.version("meft_kernels") == meft_kernels.__version__
+
+
+def test_one_version_everywhere():
+    root = Path(__file__).parents[1]
+    project = (root / "pyproject.toml").read_text(encoding="utf-8")
+    version = re.search(r'^version = "(.+)"$', project, re.MULTILINE)[1]
+    assert f"\nversion: {version}\n" in (root / "CITATION.cff").read_text(encoding="utf-8")
+    assert f"## [{version}]" in (root / "CHANGELOG.md").read_text(encoding="utf-8")
 
 
 def test_env_lists_versions():
