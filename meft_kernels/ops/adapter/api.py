@@ -12,7 +12,7 @@ from ...engine.replay import draw_seed
 from ...fixed_point import Impl
 from ..coupling.api import check_remainder
 from ..coupling.types import Coupled, Uncoupled
-from . import reference
+from . import reference, traced
 from .checks import check_adapter, check_gradient, check_lane, check_like, seed_of, use_triton
 from .types import AdapterWeights, UncoupledBackward
 
@@ -114,9 +114,7 @@ def adapter_forward(
         RuntimeError: ``impl="triton"`` and the kernels cannot take these tensors.
     """
     if torch.compiler.is_compiling():
-        from . import library
-
-        return library.parallel_adapter(x, None, weights, activation, dropout, seed, impl)
+        return traced.parallel_adapter(x, None, weights, activation, dropout, seed, impl)
     number = check_adapter(x, weights, activation, dropout)
     seed = seed_of(dropout, draw_seed() if seed is None and dropout else seed)
     fused = use_triton(impl, weights[0].shape[0], x, *weights)
@@ -138,9 +136,7 @@ def parallel_adapter(
     ``residual`` has the shape and the dtype of x; everything else is as for :func:`adapter_forward`.
     """
     if torch.compiler.is_compiling():
-        from . import library
-
-        return library.parallel_adapter(x, residual, weights, activation, dropout, seed, impl)
+        return traced.parallel_adapter(x, residual, weights, activation, dropout, seed, impl)
     number = check_adapter(x, weights, activation, dropout)
     check_like("residual", residual, x, "x")
     if residual.dtype != x.dtype:
@@ -184,9 +180,7 @@ def adapter_couple(
         RuntimeError: ``impl="triton"`` and the kernels cannot take these tensors.
     """
     if torch.compiler.is_compiling():
-        from . import library
-
-        return library.adapter_couple(
+        return traced.adapter_couple(
             a, x, weights, activation, coefficient, dropout=dropout, seed=seed, center=center, residual=residual,
             fraction_bits=fraction_bits, value_dtype=value_dtype, inplace=inplace, impl=impl,
         )  # fmt: skip
@@ -305,9 +299,7 @@ def adapter_uncouple_backward(
         RuntimeError: ``impl="triton"`` and the kernels cannot take these tensors.
     """
     if torch.compiler.is_compiling():
-        from . import library
-
-        return library.adapter_uncouple_backward(
+        return traced.adapter_uncouple_backward(
             y, dy, x, weights, activation, coefficient, remainder, dropout=dropout, seed=seed, center=center,
             residual=residual, fraction_bits=fraction_bits, value_dtype=value_dtype, inplace=inplace, dx_into=dx_into,
             through_center=through_center, impl=impl,

@@ -11,7 +11,7 @@ import torch
 
 from ...fixed_point import MAX_FRACTION_BITS, Impl, reciprocal
 from ..launching import facts, remembered
-from . import reference
+from . import reference, traced
 from .packing import packed_shape
 from .types import Coupled, Uncoupled
 
@@ -185,9 +185,7 @@ def couple(
         ValueError, TypeError: arguments that do not fit together, before anything is written.
     """
     if torch.compiler.is_compiling():
-        from . import library
-
-        return library.couple(a, branch, coefficient, center, fraction_bits, value_dtype, inplace, first_row, impl)
+        return traced.couple(a, branch, coefficient, center, fraction_bits, value_dtype, inplace, first_row, impl)
     return couple_now(a, branch, coefficient, center, fraction_bits, value_dtype, inplace, first_row, impl)
 
 
@@ -238,9 +236,7 @@ def uncouple(
         ValueError, TypeError: arguments that do not fit together, before anything is written.
     """
     if torch.compiler.is_compiling():
-        from . import library
-
-        return library.uncouple(
+        return traced.uncouple(
             y, branch, coefficient, remainder, center, fraction_bits, value_dtype, inplace, first_row, impl
         )
     return uncouple_now(y, branch, coefficient, remainder, center, fraction_bits, value_dtype, inplace, first_row, impl)
