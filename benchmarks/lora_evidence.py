@@ -34,6 +34,7 @@ from torch import nn
 import meft_kernels
 from benchmarks.lora_tables import KIND, METHODS, table
 from meft_kernels.comparison.cases import CASES, Case
+from meft_kernels.comparison.labelled import Split
 from meft_kernels.comparison.loop import train
 from meft_kernels.comparison.recipes import Recipe
 from meft_kernels.comparison.records import Record, read_all
@@ -41,7 +42,7 @@ from meft_kernels.comparison.rivals.lora import linear_layers
 from meft_kernels.comparison.rivals.lora_checkpointing import checkpoint
 from meft_kernels.comparison.runs import is_done
 from meft_kernels.comparison.tasks import LanguageTask, Task
-from meft_kernels.comparison.texts import Split, batch_indices
+from meft_kernels.comparison.texts import batch_indices
 from meft_kernels.packages import require
 
 CPU = torch.device("cpu")

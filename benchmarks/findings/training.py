@@ -13,12 +13,13 @@ from torch import nn
 
 from benchmarks.start_loss import hidden_states
 from meft_kernels import MeftConfig, NonFiniteError, StreamOverflowError, describe
+from meft_kernels.comparison.labelled import LabelledTexts
 from meft_kernels.comparison.loop import footprint, train
 from meft_kernels.comparison.recipes import Recipe, recipe_for
 from meft_kernels.comparison.records import Record
 from meft_kernels.comparison.rivals import RIVALS, Budget
 from meft_kernels.comparison.tasks import Task
-from meft_kernels.comparison.texts import LabelledTexts, batch_indices, load_texts
+from meft_kernels.comparison.texts import batch_indices, load_texts
 from meft_kernels.patching.state import find_state
 
 from .shared import CPU, Job, Sizes

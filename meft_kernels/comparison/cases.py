@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
+from .labelled import LabelledTexts
 from .recipes import Recipe, recipe_for
 from .tasks import LanguageTask, Task
-from .texts import LabelledTexts, load_texts
+from .texts import load_texts
 
 LANGUAGE = "next-token"
 

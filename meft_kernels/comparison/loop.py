@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from ..memory import LiveTensorMeter
+from .labelled import Split
 from .recipes import Recipe
 from .tasks import Batch, Task
-from .texts import Split
 
 
 @dataclass(frozen=True)

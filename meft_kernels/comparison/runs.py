@@ -17,12 +17,13 @@ from ..errors import MeftError
 from ..patching.state import count_parameters
 from ..reports.verify import verify
 from .cases import Case
+from .labelled import LabelledTexts
 from .loop import footprint, repeated_step, train
 from .recipes import Recipe
 from .records import Record
 from .rivals import Budget, Rival
 from .tasks import Task
-from .texts import LabelledTexts, batch_indices
+from .texts import batch_indices
 from .timing import interleaved
 
 TRAINED, TIMED = "comparison", "step_time"

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from ..packages import require
-from .texts import LabelledTexts, Metric, Prompt, Split
+from .labelled import LabelledTexts, Metric, Prompt, Split
 
 LETTERS = ("A", "B", "C", "D", "E")
 _QUESTION = Prompt(head="Question:", tail="\nAnswer:")

@@ -17,7 +17,7 @@ from torch import nn
 
 from ..pretrained import find_pretrained
 from ..programs.training.metrics import token_losses
-from .texts import LabelledTexts, Metric, Prompt, Split
+from .labelled import LabelledTexts, Metric, Prompt, Split
 
 Batch = dict[str, Any]
 

@@ -1,56 +1,18 @@
-"""Labelled texts: film reviews that come with a pip package, any CSV file, GLUE, or questions and answers."""
+"""Labelled texts by name: film reviews that come with a pip package, any CSV file, GLUE, or questions and answers."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from ..packages import require
 from ..programs.training.sources import REVIEW_SETS, open_rows
+from .labelled import LabelledTexts, Split
+from .suites import SUITES, load_suite
 
 _BINARY_NAMES = ("negative", "positive")
-
-Metric = Literal["accuracy", "correlation", "loss"]
-
-
-@dataclass(frozen=True)
-class Split:
-    """Texts, second texts where they are pairs, and the index of each one's class (a number where there are none)."""
-
-    texts: list[str]
-    labels: list[Any]
-    pairs: list[str] | None = None
-
-    def __len__(self) -> int:
-        return len(self.texts)
-
-    def take(self, indices: list[int]) -> Split:
-        pairs = None if self.pairs is None else [self.pairs[i] for i in indices]
-        return Split([self.texts[i] for i in indices], [self.labels[i] for i in indices], pairs)
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """What a causal model reads around a text, before it names the class: ``head text [middle pair] tail class``."""
-
-    head: str = "Review:"
-    tail: str = "\nSentiment:"
-    middle: str = "\nSecond:"
-
-
-@dataclass(frozen=True)
-class LabelledTexts:
-    """A training set, a held-out set that shares no text with it, and the names of the classes."""
-
-    name: str
-    classes: tuple[str, ...]
-    train: Split
-    held_out: Split
-    prompt: Prompt = Prompt()
-    metric: Metric = "accuracy"
 
 
 def load_texts(name: str, *, held_out: int = 1024, train: int | None = None, seed: int = 0) -> LabelledTexts:
@@ -63,8 +25,6 @@ def load_texts(name: str, *, held_out: int = 1024, train: int | None = None, see
         ValueError: no such set or file, missing columns, fewer than two classes, or too few rows.
         MissingPackageError: the package with the reviews, or ``datasets``, is not installed.
     """
-    from .suites import SUITES, load_suite
-
     require("datasets")
     if name.partition("=")[0] in SUITES:
         return load_suite(name, held_out=held_out, train=train, seed=seed)

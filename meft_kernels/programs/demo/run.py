@@ -14,11 +14,12 @@ from torch import nn
 
 from ...checkpoint.load import load_adapter
 from ...checkpoint.save import save_adapter
+from ...comparison.labelled import LabelledTexts
 from ...comparison.loop import footprint, train
 from ...comparison.recipes import Recipe
 from ...comparison.rivals import RIVALS, Budget
 from ...comparison.tasks import Task
-from ...comparison.texts import LabelledTexts, batch_indices, load_texts
+from ...comparison.texts import batch_indices, load_texts
 from ...config import MeftConfig
 from ...patching.state import count_parameters
 from ...reports.verify import verify
