@@ -103,7 +103,7 @@ def _sweep(results: dict[str, Any], chosen: argparse.Namespace) -> None:
     types = [each for each in chosen.only or model_types() if due(each)]
     for model_type, found, seconds in _apart(types, chosen.workers):
         results |= _recorded()  # by another sweep meanwhile
-        results[model_type] = {**found, "code": now}
+        results[model_type] = {**found, "transformers": transformers.__version__, "code": now}
         print(model_type, found["outcome"], round(seconds, 1), str(found.get("reason", ""))[:150], flush=True)
         text = json.dumps(dict(sorted(results.items())), indent=1)
         RESULTS.with_suffix(".part").write_text(text + "\n", encoding="utf-8")

@@ -7,7 +7,6 @@ import statistics
 from collections.abc import Iterable
 from typing import Any
 
-import transformers
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 _HEAD = """# Models
@@ -52,7 +51,7 @@ def page(results: dict[str, Any]) -> str:
     by = {outcome: {k: v for k, v in results.items() if v["outcome"] == outcome} for outcome in _OUTCOMES}
     checks = [check["meft2"] for found in by["passes"].values() if (check := found.get("checks"))]
     head = _HEAD.format(
-        version=transformers.__version__,
+        version=" and ".join(sorted({found["transformers"] for found in results.values()})),
         all=len(results),
         passes=len(by["passes"]),
         written=sum(found["written"] for found in by["passes"].values()),

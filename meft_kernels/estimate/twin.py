@@ -55,6 +55,11 @@ class _HealthyValues(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+def _rand(*size: Any, **settings: Any) -> Any:
+    """LayerDrop draws a number for each layer in training, and leaves out those below the config's share: none."""
+    return 1.0 if size in ((), ([],), ((),)) and "size" not in settings else _plain_rand(*size, **settings)
+
+
 def _set_data(tensor: torch.Tensor, other: torch.Tensor) -> None:
     """In the place of ``swap_tensors``, by which ``module.to`` changes fake parameters, and which refuses most."""
     tensor.data = other
@@ -94,7 +99,7 @@ def _dropout(input: torch.Tensor, p: float = 0.5, training: bool = True, inplace
     return dropped
 
 
-_plain_attention, _plain_dropout = F.scaled_dot_product_attention, F.dropout
+_plain_attention, _plain_dropout, _plain_rand = F.scaled_dot_product_attention, F.dropout, torch.rand
 
 
 @contextlib.contextmanager
@@ -137,6 +142,7 @@ def simulation(*, gpu: bool) -> Iterator[None]:
         warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
         # transformers makes dense masks when tensors are fake, because it dares not look at their values: here it may.
         stack.enter_context(mock.patch.object(masking_utils, "is_tracing", is_tracing))
+        stack.enter_context(mock.patch.object(torch, "rand", _rand))
         stack.enter_context(mock.patch.object(torch.utils, "swap_tensors", _set_data))
         stack.enter_context(shortening())
         if gpu:

@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 import pytest
+import transformers
 
 from benchmarks.model_sweep.__main__ import COUNTED, PAGE, RESULTS
 from benchmarks.model_sweep.check import check, look, passed
@@ -39,6 +40,9 @@ def test_wrong_numbers_do_not_pass() -> None:
 
 
 def test_the_pages_say_what_was_found() -> None:
+    versions = {found["transformers"] for found in RECORDED.values()}
+    if versions != {transformers.__version__}:
+        pytest.skip(f"the page is of transformers {', '.join(versions)}, whose names it uses")
     assert PAGE.read_text(encoding="utf-8") == page(RECORDED), "python -m benchmarks.model_sweep --table"
     for place in COUNTED:
         assert COUNT.findall(place.read_text(encoding="utf-8")) == [count(RECORDED)]
