@@ -162,6 +162,10 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     },
     "moonshine_streaming": {"num_key_value_heads": 4},
     "chameleon": {"vocabulary_map": _VOCABULARY},
+    "florence2": {
+        "vision_config": {"embed_dim": [8, 16, 24, 32], "num_heads": [2] * 4, "num_groups": [2] * 4, "depths": [1] * 4}
+    },
+    "janus": {"vq_config": {"base_channels": 32}},
     "emu3": {"vocabulary_map": _VOCABULARY, "vq_config": {"base_channels": 32}},
     "blip-2": {"image_token_index": SPECIAL},
     "instructblip": {"image_token_index": SPECIAL},
