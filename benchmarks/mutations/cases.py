@@ -258,8 +258,8 @@ RECOMPUTES = (
     Mutation(
         "calibration fills the user's KV cache",
         "engine/calibration.py",
-        "call.repeat(copies_of_caches(call.named))",
-        "call.repeat({})",
+        "caches = copies_of_caches(named)",
+        "caches: dict[str, Any] = {}",
         ("test_verify.py",),
     ),
     Mutation(
