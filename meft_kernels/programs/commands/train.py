@@ -109,8 +109,11 @@ def train(
             soft_wrap=True,
         )
         raise typer.Exit(INTERRUPTED)
+    from ..training.classes import class_table
     from ..training.progress import describe_metrics
 
+    if outcome.by_class:
+        console.print(class_table(outcome.by_class))
     console.print(f"held out: {describe_metrics(outcome.metrics)}", highlight=False)
     console.print(f"written to {out}: {', '.join((*outcome.leaves, METRICS, SETTINGS, HISTORY))}", highlight=False)
     for use in outcome.uses:
