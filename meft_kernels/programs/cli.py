@@ -1,4 +1,4 @@
-"""The command line: ``meft-kernels demo | train | bench | estimate | plan | verify | models | env``."""
+"""``meft-kernels demo | train | predict | generate | bench | estimate | plan | verify | models | env``."""
 
 from __future__ import annotations
 
@@ -16,8 +16,10 @@ try:
 
     from .commands.bench import bench
     from .commands.estimate import estimate
+    from .commands.generate import generate
     from .commands.models import models
     from .commands.plan import plan
+    from .commands.predict import predict
     from .commands.shared import (
         Data,
         DType,
@@ -145,6 +147,8 @@ def demo(
 
 
 app.command()(train)
+app.command()(predict)
+app.command()(generate)
 app.command()(bench)
 app.command()(estimate)
 app.command()(plan)

@@ -18,6 +18,7 @@ from ...packages import TRAIN_EXTRA, require
 from ...patching.state import count_parameters
 from ...pretrained import Pretrained, find_pretrained
 from ...reports.callback import MeftCallback
+from ..using.folder import RUN, SETTINGS
 from . import metrics
 from .checkpoints import STATE, find_checkpoints, trainer_state, what_is_missing
 from .classes import told_of_data
@@ -29,7 +30,7 @@ from .settings import Settings, absolute, check_given, differences, merge, resol
 from .tokens import Encoder
 from .yaml_file import read_yaml, write_yaml
 
-SETTINGS, RUN, HISTORY, METRICS = "settings.yaml", "run.json", "log.jsonl", "metrics.json"
+HISTORY, METRICS = "log.jsonl", "metrics.json"
 
 
 class RunError(MeftError, ValueError):
@@ -320,7 +321,8 @@ def _begin(out: Path, settings: Settings, rows: Rows, *, overwrite: bool) -> Non
             (out / name).unlink(missing_ok=True)
     out.mkdir(parents=True, exist_ok=True)
     write_yaml(out / SETTINGS, settings.plain(), "All settings of this run; it can be given to --config.")
-    (out / RUN).write_text(json.dumps({"data": rows.fingerprint(), **_versions()}, indent=1) + "\n", encoding="utf-8")
+    noted = {"data": rows.fingerprint(), "layout": rows.layout.needed[0], **_versions()}
+    (out / RUN).write_text(json.dumps(noted, indent=1) + "\n", encoding="utf-8")
 
 
 def _final_metrics(trainer: Any, *, evaluated: bool) -> dict[str, float]:

@@ -53,13 +53,8 @@ class Encoder:
         return self._made(ids, [True] * len(ids))
 
     def completion(self, row: tuple[str, str]) -> dict[str, Any] | None:
-        """The completion is learnt, and the end after it.
-
-        A special token at the end of the prompt's (BERT's [SEP], T5's end) would stand between the two.
-        """
-        prompt = self.tokenizer(row[0]).input_ids
-        if prompt and prompt[-1] == self.tokenizer.eos_token_id and not row[0].endswith(self.tokenizer.eos_token):
-            prompt = prompt[:-1]
+        """The completion is learnt, and the end after it."""
+        prompt = self.prompt_ids(row[0])
         follows = self._ended(self.tokenizer(row[1], add_special_tokens=False).input_ids)
         return self._made(prompt + follows, [False] * len(prompt) + [True] * len(follows))
 
@@ -94,6 +89,21 @@ class Encoder:
                 )
             learnt[len(before) : len(after)] = [True] * (len(after) - len(before))
         return self._made(whole, learnt)
+
+    def prompt_ids(self, prompt: str) -> list[int]:
+        """What a completion follows: a special token at the end (BERT's [SEP], T5's) would stand between the two."""
+        ids = list(self.tokenizer(prompt).input_ids)
+        end = self.tokenizer.eos_token_id
+        return ids[:-1] if ids and ids[-1] == end and not prompt.endswith(self.tokenizer.eos_token) else ids
+
+    def chat_ids(self, messages: list[dict[str, Any]]) -> list[int]:
+        """What the assistant's next turn follows.
+
+        Raises:
+            ValueError: there is no chat template, or it refuses the messages.
+        """
+        self._check_template()
+        return self._render(messages, add_generation_prompt=True)
 
     def _check_template(self) -> None:
         if self.tokenizer.chat_template is None:
