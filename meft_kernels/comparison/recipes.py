@@ -63,6 +63,6 @@ def too_short(recipe: Recipe, *, causal: bool) -> str | None:
     chance = 50 / math.sqrt(recipe.held_out)
     return (
         f"too short to mean anything: {recipe.steps} steps of {recipe.batch_size} ({usual.steps} of "
-        f"{usual.batch_size} are usual), and on {recipe.held_out} held-out texts chance alone makes {chance:.0f} points "
-        "of accuracy. It shows that everything runs, and what it takes"
+        f"{usual.batch_size} are usual), and on {recipe.held_out} held-out texts chance alone makes {chance:.0f} "
+        "points of accuracy. It shows that everything runs, and what it takes"
     )
