@@ -170,7 +170,7 @@ def test_what_is_told_of_the_data(tmp_path: Path) -> None:
     told = told_of_data(rows, encoder, lost)
     assert told[0][0].startswith("4 classes, texts to train on + held out: ")
     counts = {name: sum(rows.classes[label] == name for _, label in rows.train) for name in classes}
-    assert all(f"{name} {counts[name]} + {10 - counts[name]}" in told[0][0] for name in classes)
+    assert all(f"{name}: {counts[name]} + {10 - counts[name]}" in told[0][0] for name in classes)
     assert told[1] == (
         "' billing ', 'Billing', 'billing' are 3 classes, which differ in case or blanks alone: if they are one, make "
         "them one in the data",

@@ -42,7 +42,7 @@ def told_of_data(rows: Rows, encoder: Encoder, lost: int) -> list[tuple[str, str
 def _counts(rows: Rows) -> str:
     train, held_out = (Counter(row[1] for row in part) for part in (rows.train, rows.held_out))
     order = sorted(range(len(rows.classes)), key=lambda index: -train[index])
-    listed = [f"{rows.classes[index]} {train[index]} + {held_out[index]}" for index in order[:_SHOWN]]
+    listed = [f"{rows.classes[index]}: {train[index]} + {held_out[index]}" for index in order[:_SHOWN]]
     more = f", and {len(order) - _SHOWN} smaller ones" if len(order) > _SHOWN else ""
     return f"{len(order)} classes, texts to train on + held out: {', '.join(listed)}{more}"
 
