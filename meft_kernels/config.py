@@ -63,9 +63,24 @@ def option(default: Any, text: str) -> Any:
     return field(default=default, metadata={"help": text})
 
 
+# What people who come from PEFT try first; by their letters they are like other settings, or none.
+_OF_A_LORA = {
+    "r": "the width of the adapters is rank",
+    "lora_r": "the width of the adapters is rank",
+    "lora_alpha": "these adapters have a rank and no scale",
+    "lora_dropout": "that of the adapters is dropout",
+    "target_modules": "every patched layer gets adapters; stacks says which lists of layers are patched",
+}
+
+
 def no_setting(name: Any, known: Iterable[str]) -> str:
     """What to tell of a name that is no setting: the nearest that is, and all of them."""
     known = sorted(known)
+    if "rank" in known and "adapters" in known and name in _OF_A_LORA:
+        return (
+            f"there is no setting {name!r}: {_OF_A_LORA[name]}. To train a LoRA, put it into the model with PEFT and "
+            "call reversible(model)"
+        )
     near = difflib.get_close_matches(str(name), known, n=1)
     hint = f": did you mean {near[0]}?" if near else "."
     return f"there is no setting {name!r}{hint} Known are {', '.join(known)}"

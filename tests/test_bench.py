@@ -49,7 +49,11 @@ def done(places: tuple[str, str], tmp_path_factory: pytest.TempPathFactory) -> t
         "--case", f"{model}:{data}", "--case", f"{model}:{data}:next-token", "--seeds", "2", "--rounds", "2",
         "--rivals", "meft2,lora,lora_checkpointing,full,meft_lora,meft2_paper", *SMALL, "--out", str(out),
     ]  # fmt: skip
-    bench(*arguments)
+    said = " ".join(bench(*arguments).split())
+    assert (
+        said.count("too short to mean anything: 3 steps of 4 (80 of 8 are usual)") == 1
+    )  # of two cases, one is a loss
+    assert "loss 0.000" not in said and "step times, interleaved: step 1/3" in said
     return out, arguments
 
 
@@ -157,3 +161,41 @@ def test_the_front_is_what_nobody_beats(done: tuple[Path, list[str]]) -> None:
     assert [place[0].rival for place in tables._front(places, higher=True)] == ["meft", "lora"]
     assert [place[0].rival for place in tables._front(places, higher=False)] == ["meft", "ia3"]
     assert json.loads(next(done[0].rglob("lora-0.json")).read_text())["environment"]["torch"]
+
+
+def test_headers_are_whole_on_a_narrow_terminal(done: tuple[Path, list[str]]) -> None:
+    from rich.console import Console
+
+    console = Console(width=60)
+    for name, rows in tables.rows_by_case(read_all(done[0])).items():
+        with console.capture() as captured:
+            console.print(tables.table(name, rows), crop=False)
+        shown = captured.get()
+        assert all(word in shown for word in ("trained", "checkpointing", "gradient", "error", "peak,"))
+
+
+def test_labels_of_one_place_are_set_apart() -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(layout="constrained")
+    axes = figure.subplots()
+    axes.plot([0, 1], [0, 1])
+    labels = [
+        axes.annotate(f"rival {number}", (0.5, 0.5 + number / 1000), xytext=(4, 4), textcoords="offset points")
+        for number in range(8)
+    ]
+    tables.set_apart(figure, labels)
+    boxes = [label.get_window_extent() for label in labels]
+    assert not any(one.overlaps(other) for place, one in enumerate(boxes) for other in boxes[:place])
+
+
+def test_short_runs_are_known() -> None:
+    from meft_kernels.comparison.recipes import recipe_for, too_short
+
+    for causal in (False, True):
+        usual = recipe_for(causal=causal)
+        assert too_short(usual, causal=causal) is None
+        short = dataclasses.replace(usual, steps=usual.steps // 5)
+        assert "too short to mean anything" in str(too_short(short, causal=causal))
+        few = str(too_short(dataclasses.replace(usual, held_out=25), causal=causal))
+        assert "on 25 held-out texts chance alone makes 10 points" in few

@@ -125,6 +125,7 @@ def test_the_demo_trains_saves_and_loads_back(tmp_path):
     assert outcome["gradient_error"] <= 1e-5
     assert len(outcome["losses"]) == 3 and outcome["kept_bytes"] < outcome["peak_bytes"]
     assert "yes, every bit" in result.output
+    assert "too short to mean anything: 3 steps of 4 (200 of 16 are usual)" in " ".join(result.output.split())
     assert re.search(r"^MEFT.*: step 1/\d+, loss \d", result.output, re.MULTILINE)  # no terminal: lines
 
 

@@ -28,6 +28,24 @@ def test_non_finite_names_the_layer(settings: dict[str, Any], value: float) -> N
         model(inputs_embeds=embeds)
 
 
+def test_weights_that_an_earlier_step_spoilt_are_named() -> None:
+    """As plain AdamW does to a head in float16, and the loss then to all adapters; no step wrote a frozen weight."""
+    model = meft_kernels.patch(tiny_llama()).train()
+    batch = tiny_batch(model)
+    model(**batch)
+    adapter = model.model.layers[0].meft["ffn"]
+    with torch.no_grad():
+        adapter.up.weight.fill_(float("nan"))
+    with pytest.raises(NonFiniteError, match=r"of model.layers.0.*earlier: layers.0.meft.ffn.up.weight holds NaN"):
+        model(**batch)
+    with torch.no_grad():
+        adapter.up.weight.zero_()
+        model.model.layers[1].mlp.down_proj.weight[0, 0] = float("nan")
+    with pytest.raises(NonFiniteError, match=r"G \(layer\) of model.layers.1") as raised:
+        model(**batch)
+    assert "began earlier" not in str(raised.value)
+
+
 def test_overflow_names_the_layer_and_loses_nothing() -> None:
     model = meft_kernels.patch(tiny_llama(), fraction_bits=28, **TRAINABLE_START).train()
     with torch.no_grad():

@@ -220,3 +220,22 @@ def test_command_line(tmp_path: Path) -> None:
     assert run("--model", str(folder), "--seq", "512", "--rivals", "meft").exit_code == 2
     assert run("--model", str(folder), "--rivals", "unsloth").exit_code == 2
     assert run("--model", str(folder), "--rivals", "lroa").exit_code == 2
+
+
+def test_progress_and_a_way_out(tmp_path: Path) -> None:
+    llama(4, max_position_embeddings=4096).save_pretrained(tmp_path)
+    given = ["--model", str(tmp_path), "--batch", "2", "--seq", "4096", "--rivals", "meft,lora"]
+    done = run(*given, "--gpu", "8MB")
+    assert "estimating 1 of 2: MEFT" in done.stderr and "estimating 2 of 2: LoRA" in done.stderr
+    said = " ".join(done.stdout.split())
+    longest = json_of(given, "8MB", tmp_path)["meft"]
+    assert f"the longest text that does has {longest:,} tokens, with MEFT" in said and longest > 0
+    assert "What may help: --weights 4bit, --batch below 2, the settings that meft-kernels plan tries" in said
+    said = " ".join(run(*given, "--gpu", "0.1MB").stdout.split())
+    assert "not even texts of one token: the weights take" in said and "plan tries" not in said
+    assert "What may help" not in run(*given, "--gpu", "80GB").stdout
+
+
+def json_of(given: list[str], gpu: str, folder: Path) -> dict[str, int]:
+    assert run(*given, "--gpu", gpu, "--json", str(folder / "out.json")).exit_code == 0
+    return {row["rival"]: row["longest"] for row in json.loads((folder / "out.json").read_text())["figures"]}

@@ -6,6 +6,7 @@ import dataclasses
 import gc
 import logging
 import pickle
+import re
 import weakref
 from typing import Any
 
@@ -251,3 +252,46 @@ def test_a_family_can_be_registered_from_outside() -> None:
         meft_kernels.patch(model)
     finally:
         registry._SPECS.pop("llama-of-mine")
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("r", "'r': the width of the adapters is rank. To train a LoRA, put it into the model with PEFT and call"),
+        ("lora_alpha", "'lora_alpha': these adapters have a rank and no scale"),
+        ("ranks", "'ranks': did you mean rank?"),
+    ],
+)
+def test_names_of_a_lora_are_explained(name: str, said: str) -> None:
+    with pytest.raises(TypeError, match=re.escape(f"there is no setting {said}")):
+        meft_kernels.patch(tiny_bert(), **{name: 16})
+
+
+def test_an_optimizer_built_before_is_told_of(caplog: pytest.LogCaptureFixture) -> None:
+    """It holds what is frozen now, and its steps would change nothing."""
+    model = tiny_llama()
+    early = torch.optim.AdamW(model.parameters())
+    meft_kernels.patch(model, rank=4)
+    assert "an optimizer that was built before patch holds parameters of this model" in caplog.text
+    caplog.clear()
+    meft_kernels.unpatch(model)
+    del early
+    parameters = list(model.parameters())  # held, but by no optimizer
+    meft_kernels.patch(model, rank=4)
+    late = torch.optim.AdamW(parameter for parameter in model.parameters() if parameter.requires_grad)
+    meft_kernels.unpatch(model)
+    other = torch.optim.AdamW(tiny_llama().parameters())
+    meft_kernels.patch(model, rank=4)
+    plain = tiny_llama()
+    whole = torch.optim.AdamW(plain.parameters())
+    meft_kernels.patch(plain, adapters="none")  # what trained before trains now
+    assert "optimizer" not in caplog.text and parameters and late and other and whole
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_what_trains_in_float16_is_told_of(dtype: torch.dtype, caplog: pytest.LogCaptureFixture) -> None:
+    model = meft_kernels.patch(tiny_bert().to(dtype), modules_to_save=("classifier",))
+    assert ("classifier.weight and 1 others train in float16" in caplog.text) == (dtype == torch.float16)
+    caplog.clear()
+    meft_kernels.patch(tiny_llama().to(dtype))  # float32 adapters, and nothing else
+    assert "train in float16" not in caplog.text and model

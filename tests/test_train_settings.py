@@ -43,7 +43,7 @@ def test_numbers_and_words_are_what_people_mean(tmp_path: Path) -> None:
         ("training: {learning_rte: 1e-3}", "no setting 'learning_rte': did you mean learning_rate?"),
         ("meft: {ranks: 4}", "section meft: there is no setting 'ranks': did you mean rank?"),
         ("data: {txt: body}", "did you mean text?"),
-        ("data: {zzz: body}", "Known are completion, held_out,"),
+        ("data: {zzz: body}", "Known are completion, conversations,"),
         ("training: {output_dir: x}", "training.output_dir cannot be set: it is --out"),
         ("training: {save_only_model: true}", "cannot be resumed"),
         ("training: {learning_rate: fast}", "training.learning_rate is float, not 'fast'"),
@@ -195,9 +195,9 @@ def test_the_columns_decide_the_task(tmp_path: Path) -> None:
     ):
         made = [{name: f"{line[name]}{row % 2 if name == 'label' else row}" for name in columns} for row in range(20)]
         rows = rows_of(write_rows(tmp_path / f"{len(columns)}{task}.jsonl", made))
-        assert (rows.task, rows.columns) == (task, columns)
+        assert (rows.task, rows.layout.needed) == (task, columns)
     labelled = tmp_path / "2classification.jsonl"
-    assert rows_of(labelled, "causal-lm").columns == ("text",)
+    assert rows_of(labelled, "causal-lm").layout.needed == ("text",)
     with pytest.raises(ValueError, match="wanted for classification is text and label"):
         rows_of(tmp_path / "1causal-lm.jsonl", "classification")
     made = [{"body": f"a{row}", "stars": row % 3} for row in range(20)]
@@ -208,7 +208,7 @@ def test_the_split_is_kept_and_shares_nothing(tmp_path: Path) -> None:
     made = [{"text": f"w{row}", "label": ("no", "yes")[row % 2]} for row in range(40)]
     path = write_rows(tmp_path / "a.jsonl", [*made, {"text": "w1", "label": "no"}, {"text": None, "label": "no"}])
     rows = rows_of(path)
-    assert rows.classes == ("no", "yes") and rows.dropped == 2
+    assert rows.classes == ("no", "yes") and (rows.incomplete, rows.repeated) == (1, 1)
     assert (len(rows.train), len(rows.held_out)) == (36, 4)
     assert not {text for text, _ in rows.train} & {text for text, _ in rows.held_out}
     assert all(int(text[1:]) % 2 == label for text, label in rows.train + rows.held_out)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -29,7 +30,22 @@ def test_report(family: str, variant: str) -> None:
     bits = 12 if variant == "meft3" else 8
     assert report.saved_bytes_per_layer == 4 * 8 * 64 * bits / 8 + 16  # and two checksums
     assert report.start_loss == pytest.approx(report.base_loss, abs=0.5)
-    assert "bit exact" in str(report)
+    assert str(report).splitlines()[0].startswith("verdict                    exact: 3 of 3 reversible layers rebuilt")
+    assert 0 < report.kept_bytes < report.autograd_bytes
+    assert f"{100 - 100 * report.kept_bytes / report.autograd_bytes:.0f} % saved on this batch" in str(report)
+
+
+def test_bytes_are_those_of_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the comparisons count them, of this model and of the one that keeps everything."""
+    from meft_kernels.comparison.loop import footprint
+
+    model = meft_kernels.patch(tiny_llama(), **TRAINABLE_START).train()
+    batch = tiny_batch(model)
+    report = meft_kernels.verify(model, batch)
+    assert report.kept_bytes == footprint(model, batch).kept
+    plain = meft_kernels.patch(tiny_llama(), engine="autograd", **TRAINABLE_START).train()
+    plain(**batch)
+    assert report.autograd_bytes == footprint(plain, batch).kept
 
 
 def test_base_loss_is_that_of_the_unpatched_model() -> None:
@@ -49,6 +65,18 @@ def test_float_arithmetic_is_reported_as_not_exact() -> None:
     assert report.first_mismatch is not None
     assert report.gradient_error > 1e-5
     assert report.fraction_bits == (None,)
+    assert report.verdict == f"NOT exact: the input of {report.first_mismatch} was not rebuilt bit for bit"
+
+
+def test_verdicts() -> None:
+    model = meft_kernels.patch(tiny_llama(), **TRAINABLE_START).train()
+    report = meft_kernels.verify(model, tiny_batch(model))
+    for changed, said in (
+        ({"layers": 0, "bit_exact": False}, "NOT checked"),
+        ({"gradient_error": math.inf, "worst_gradient": ("head", math.inf)}, "the gradient of head is not that of"),
+        ({"repeats": False}, "the loss is another"),
+    ):
+        assert said in dataclasses.replace(report, **changed).verdict
 
 
 def test_without_labels() -> None:

@@ -64,5 +64,5 @@ class Comparison:
         path = setup.timing_path(self.out)
         if not self.rounds or not self._wanted(path, timing_settings(setup, self.rivals, self.rounds)):
             return
-        with progress("step times, interleaved", self.rounds + 1) as on_step:
+        with progress("step times, interleaved", self.rounds + 1, loss=False) as on_step:
             time_rivals(setup, self.rivals, rounds=self.rounds, on_round=lambda: on_step(0.0)).write(path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -50,3 +51,18 @@ _CAUSAL = Recipe(
 def recipe_for(*, causal: bool) -> Recipe:
     """The settings for an encoder with a new head, or for a causal language model."""
     return _CAUSAL if causal else _ENCODER
+
+
+def too_short(recipe: Recipe, *, causal: bool) -> str | None:
+    """What to say of a run so much shorter than the usual one that its score means nothing; None of any other."""
+    usual = recipe_for(causal=causal)
+    trained, usually = recipe.steps * recipe.batch_size, usual.steps * usual.batch_size
+    if 2 * trained >= usually and 4 * recipe.held_out >= usual.held_out:
+        return None
+    # Of a share near a half: that of a classifier that has learnt nothing yet.
+    chance = 50 / math.sqrt(recipe.held_out)
+    return (
+        f"too short to mean anything: {recipe.steps} steps of {recipe.batch_size} ({usual.steps} of "
+        f"{usual.batch_size} are usual), and on {recipe.held_out} held-out texts chance alone makes {chance:.0f} "
+        "points of accuracy. It shows that everything runs, and what it takes"
+    )

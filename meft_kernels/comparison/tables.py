@@ -135,6 +135,8 @@ def _higher_is_better(rows: list[Row]) -> bool:
     return next((run["higher_is_better"] for row in rows for run in row.runs), True)
 
 
+_MOST_MOVES = 200
+"""Points that a label may be moved by: more than all labels of a plot are high."""
 _IN_DOCUMENTS_ALONE = ("seeds", "parameters", "adapter, MiB", "training, s")
 """Columns that a terminal has no room for."""
 
@@ -156,7 +158,9 @@ def table(case: str, rows: list[Row]) -> Table:
     made = Table(title=case, caption=CAPTION)
     shown = [position for position, name in enumerate(header) if name not in _IN_DOCUMENTS_ALONE]
     for position in shown:
-        made.add_column(header[position], justify="left" if position == 0 else "right")
+        # A header breaks between its words; narrower than one of them, a column would cut it.
+        widest = max(map(len, header[position].split()))
+        made.add_column(header[position], justify="left" if position == 0 else "right", min_width=widest)
     for line in cells:
         made.add_row(*(line[position] for position in shown))
     return made
@@ -188,20 +192,36 @@ def plot(cases: dict[str, list[Row]], folder: Path, *, against: str) -> bool:
     grid = figure.subplots((len(shown) + 1) // 2, min(2, len(shown)), squeeze=False)
     for axes in grid.flat[len(shown) :]:
         axes.set_visible(False)
+    labels: list[Any] = []
     for axes, (case, rows) in zip(grid.flat, shown.items(), strict=False):
         places = [(row, *_coordinates(row, against)) for row in rows]
         for row, x, y in places:
             ours = row.rival.startswith("meft")
             spread = statistics.stdev(row.values("score")) if len(row.runs) > 1 else 0.0
             axes.errorbar(x, y, yerr=spread, fmt="o" if ours else "s", color="C0" if ours else "C1", capsize=2)
-            axes.annotate(row.title, (x, y), xytext=(4, 4), textcoords="offset points", fontsize=7)
+            labels.append(axes.annotate(row.title, (x, y), xytext=(4, 4), textcoords="offset points", fontsize=7))
         front = _front(places, higher=_higher_is_better(rows))
         axes.step([x for _, x, _ in front], [y for _, _, y in front], where="post", color="grey", lw=0.8, ls="--")
         unit = "peak of a step, MiB" if against == "memory" else "step / LoRA + checkpointing"
         axes.set(title=case, xlabel=unit, ylabel=_score_name(rows))
-        axes.margins(x=0.15)
+        axes.margins(x=0.15, y=0.15)
+    set_apart(figure, labels)
     figure.savefig(folder / f"{against}.png", dpi=110)
     return True
+
+
+def set_apart(figure: Any, labels: list[Any]) -> None:
+    """Move labels of points up until none lies on another; each stays above its point."""
+    figure.draw_without_rendering()  # which decides where the axes are
+    placed: list[Any] = []
+    for label in sorted(labels, key=lambda label: float(label.get_window_extent().y0)):
+        for _ in range(_MOST_MOVES):
+            box = label.get_window_extent()
+            if not any(box.overlaps(other) for other in placed):
+                break
+            across, up = label.get_position()
+            label.set_position((across, up + 1))
+        placed.append(label.get_window_extent())
 
 
 def _place(row: Row, against: str) -> float | None:

@@ -12,12 +12,14 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
 
 from ..architectures import find_architecture
 from ..architectures.found import FoundLayers
 from ..architectures.layer_lists import LayerList, Run
 from ..config import MeftConfig
-from ..errors import ReversibleUsageError, StreamOverflowError, UnsupportedModelError
+from ..errors import NonFiniteError, ReversibleUsageError, StreamOverflowError, UnsupportedModelError
 from .arithmetic import Arithmetic
 from .layer import PatchedLayer
 from .norms import lean_norms
@@ -194,6 +196,13 @@ class ReversibleStack:
         """Raise if a stream of the pass left its range; the next forward then calibrates anew, to fewer bits."""
         try:
             tape.check_forward()
+        except NonFiniteError as error:
+            if (damaged := _damaged(self.owner)) is None:
+                raise
+            raise NonFiniteError(
+                f"{error} It began earlier: {damaged} NaN or infinity already, which an earlier step wrote; go back to "
+                "weights from before it."
+            ) from None
         except StreamOverflowError as error:
             if self.config.fraction_bits is not None:
                 raise StreamOverflowError(
@@ -279,3 +288,18 @@ class ReversibleStack:
         fraction_bits = min([fraction_bits, *(limit for limit in limits if limit is not None)])
         self.arithmetic, self._calibrates = Arithmetic(fraction_bits, self.config.impl), False
         return fraction_bits
+
+
+def _damaged(module: nn.Module) -> str | None:
+    """What trains in it and is not finite any more: ``up.weight and 3 others hold``; None where all is.
+
+    Of what other processes have a part of, this one's is looked at: they may not be here to be asked.
+    """
+    found = [
+        name
+        for name, each in module.named_parameters()
+        if each.requires_grad and not torch.isfinite(each.to_local() if isinstance(each, DTensor) else each).all()
+    ]
+    if not found:
+        return None
+    return f"{found[0]} holds" if len(found) == 1 else f"{found[0]} and {len(found) - 1} others hold"

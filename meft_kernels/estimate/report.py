@@ -10,7 +10,7 @@ from rich.table import Table
 
 from ..comparison.rivals import Rival
 from .shapes import longest_input
-from .sizes import GIB
+from .sizes import GIB, gib
 from .step import StepBytes
 
 
@@ -65,6 +65,33 @@ def _context(longest: int | None, config: Any) -> str:
     if longest is None:
         return "-"
     return f"all {longest:,}" if longest == longest_input(config) else f"{longest:,}"
+
+
+def way_out(estimates: list[Estimate], capacity: int, *, rows: int, quantised: bool) -> str | None:
+    """What would fit, where nothing does; None where something does, or nothing is known.
+
+    Args:
+        estimates: with the longest text of each.
+        capacity: bytes that there are.
+        rows: texts in a batch.
+        quantised: whether the weights are in few bits already.
+    """
+    known = [(estimate, estimate.step) for estimate in estimates if estimate.step is not None]
+    if not known or any(step.total <= capacity for _, step in known):
+        return None
+    weights = min(step.weights for _, step in known)
+    best = max((estimate for estimate, _ in known), key=lambda estimate: estimate.longest or 0)
+    if best.longest:
+        said = f"nothing of this fits; the longest text that does has {best.longest:,} tokens, with {best.rival.title}"
+    else:
+        said = f"nothing of this fits, not even texts of one token: the weights take {gib(weights)} of {gib(capacity)}"
+    less = [
+        *(["--weights 4bit"] if not quantised else []),
+        *([f"--batch below {rows}"] if rows > 1 else []),
+        *(["the settings that meft-kernels plan tries"] if weights < capacity else []),
+        "a larger --gpu",
+    ]
+    return f"{said}. What may help: {', '.join(less)}"
 
 
 def figures(estimate: Estimate) -> dict[str, Any]:

@@ -38,6 +38,7 @@ from .state import (
     require_state,
     unwrap,
 )
+from .surprises import warn_of_surroundings
 from .targets import Trust, check_trainable, find_spec, modules_to_train, parts_named
 from .trainer_bindings import CheckpointingBinding, QuantisedBinding
 
@@ -222,6 +223,7 @@ def _report(base: nn.Module, state: PatchState) -> None:
             "written in no family file, and it runs whole",
             ", ".join(dict.fromkeys(without)),
         )
+    warn_of_surroundings(base, adapters=config.adapters == "all")
     if config.adapters == "all" and is_peft(base):
         logger.warning(
             "meft_kernels: what PEFT saves of this model, the checkpoints of a Trainer among it, holds PEFT's weights "

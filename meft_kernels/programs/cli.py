@@ -1,4 +1,4 @@
-"""The command line: ``meft-kernels demo | train | bench | estimate | plan | verify | models | env``."""
+"""``meft-kernels demo | train | predict | generate | bench | estimate | plan | verify | models | env``."""
 
 from __future__ import annotations
 
@@ -16,8 +16,10 @@ try:
 
     from .commands.bench import bench
     from .commands.estimate import estimate
+    from .commands.generate import generate
     from .commands.models import models
     from .commands.plan import plan
+    from .commands.predict import predict
     from .commands.shared import (
         Data,
         DType,
@@ -87,7 +89,7 @@ def demo(
         quiet()
         import torch
 
-        from ..comparison.recipes import recipe_for
+        from ..comparison.recipes import recipe_for, too_short
         from ..comparison.tasks import Task
         from ..comparison.texts import load_texts
         from ..packages import require
@@ -132,7 +134,9 @@ def demo(
         out.mkdir(parents=True, exist_ok=True)
         console.print(f"{model} on {data}, {job.device}, {torch.get_num_threads()} threads", highlight=False)
         outcomes = run_demo(job, task, on_outcome=lambda outcome: console.print(outcome.line(), highlight=False))
-        console.print(table(job, outcomes))
+        console.print(table(job, outcomes), crop=False)
+        if (said := too_short(recipe, causal=task.causal)) is not None:
+            console.print(said, style="yellow", highlight=False, soft_wrap=True)
         write_json(job, outcomes, out / "results.json")
         written = ["adapter", "results.json"]
         if compare:
@@ -145,6 +149,8 @@ def demo(
 
 
 app.command()(train)
+app.command()(predict)
+app.command()(generate)
 app.command()(bench)
 app.command()(estimate)
 app.command()(plan)

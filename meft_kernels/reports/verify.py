@@ -16,10 +16,12 @@ from ..config import Engine
 from ..engine.replay import seeded
 from ..engine.surroundings import buffers_kept
 from ..errors import ReversibleUsageError
+from ..memory import LiveTensorMeter
 from ..patching.state import PatchState, between_passes, fraction_bits_of, require_state, unwrap
 from ..patching.switching import disable_adapter
 
 Batch = Mapping[str, Any]
+_MIB = 2**20
 
 
 @dataclass(frozen=True)
@@ -57,9 +59,31 @@ class VerifyReport:
     without_gradient: tuple[str, ...]
     """Trainable parameters that got no gradient in either engine, of which their equality says nothing: this batch does
     not use them (an expert, a pooler), or the loss does not depend on what they compute."""
+    kept_bytes: int | None
+    """Bytes of all tensors that wait for backward after the forward of this batch, weights not; None under
+    ``compile_layers``, of which not all are seen."""
+    autograd_bytes: int | None
+    """The same of the same model with ``engine="autograd"``, which keeps every activation."""
+
+    @property
+    def verdict(self) -> str:
+        """In a sentence: is it exact, and if not, where is it not?"""
+        if not self.layers:
+            return "NOT checked: no layer was rebuilt"
+        if not self.bit_exact:
+            return f"NOT exact: the input of {self.first_mismatch} was not rebuilt bit for bit"
+        if not math.isfinite(self.gradient_error):
+            return f"NOT exact: the gradient of {self.worst_gradient[0]} is not that of plain autograd"
+        if not self.repeats:
+            return "NOT exact: the loss is another under plain autograd"
+        return (
+            f"exact: {self.layers} of {self.layers} reversible layers rebuilt bit for bit, gradients "
+            f"{self.gradient_error:.0e} from those of plain autograd"
+        )
 
     def __str__(self) -> str:
         rows = [
+            ("verdict", self.verdict),
             ("bit exact", f"{self.bit_exact}" + (f", first at {self.first_mismatch}" if self.first_mismatch else "")),
             ("layers checked", f"{self.layers}" + (f", {self.other_layers} others" if self.other_layers else "")),
             ("same loss in both engines", str(self.repeats)),
@@ -67,11 +91,16 @@ class VerifyReport:
             ("gradient error", f"{self.gradient_error:.2e}"),
             ("worst gradient", f"{self.worst_gradient[1]:.2e} {self.worst_gradient[0]}"),
             (
-                "saved bytes per layer",
-                f"{self.saved_bytes_per_layer:,.0f} ({self.saved_bytes_per_element:.3f} per element)",
+                "kept by a layer",
+                f"{self.saved_bytes_per_layer:,.0f} bytes until backward ({self.saved_bytes_per_element:.3f} per "
+                "element of the hidden states)",
             ),
             ("fraction bits", ", ".join("float" if bits is None else str(bits) for bits in self.fraction_bits)),
         ]
+        if self.kept_bytes is not None and self.autograd_bytes:
+            saved = 1 - self.kept_bytes / self.autograd_bytes
+            said = f"{self.kept_bytes / _MIB:,.1f} MiB, {self.autograd_bytes / _MIB:,.1f} under engine='autograd'"
+            rows.insert(-1, ("kept by the model", f"{said}: {100 * saved:.0f} % saved on this batch"))
         if self.without_gradient:
             others = len(self.without_gradient) - 1
             rows.append(("without a gradient", self.without_gradient[0] + (f" and {others} others" if others else "")))
@@ -163,6 +192,11 @@ def verify(model: nn.Module, batch: Batch) -> VerifyReport:
             loss, gradients = _gradients(base, batch)
         with _engine(state, "autograd"):
             reference_loss, reference = _gradients(base, batch)
+        kept = autograd_kept = None
+        if not state.config.compile_layers:
+            kept = _kept(base, batch)
+            with _engine(state, "autograd"):
+                autograd_kept = _kept(base, batch)
     mismatches = [
         stack.name_of(place)
         for stack, recorder in zip(state.stacks, recorders, strict=True)
@@ -192,6 +226,8 @@ def verify(model: nn.Module, batch: Batch) -> VerifyReport:
         repeats=loss == reference_loss,
         blocks_match=blocks_match,
         without_gradient=missing,
+        kept_bytes=kept,
+        autograd_bytes=autograd_kept,
     )
 
 
@@ -273,16 +309,28 @@ def _number(loss: torch.Tensor | None) -> float | None:
     return None if loss is None else float(loss)
 
 
+def _loss(model: nn.Module, batch: Batch) -> torch.Tensor:
+    output = model(**batch)
+    loss: torch.Tensor | None = getattr(output, "loss", None)
+    return output[0].float().square().mean() if loss is None else loss
+
+
+def _kept(model: nn.Module, batch: Batch) -> int:
+    """Bytes alive because of the loss. In a forward of its own: a meter looks at every op, and may change which run."""
+    with torch.enable_grad(), seeded(0, next(model.parameters()).device), LiveTensorMeter() as meter:
+        loss = _loss(model, batch)
+        kept = meter.live_bytes
+    del loss
+    return kept
+
+
 def _gradients(model: nn.Module, batch: Batch) -> tuple[float, dict[str, torch.Tensor]]:
     """Loss and the gradient of every trainable parameter, under the same random numbers each time."""
     trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     for parameter in trainable.values():
         parameter.grad = None
     with torch.enable_grad(), seeded(0, next(model.parameters()).device):
-        output = model(**batch)
-        loss = getattr(output, "loss", None)
-        if loss is None:
-            loss = output[0].float().square().mean()
+        loss = _loss(model, batch)
         loss.backward()
     gradients = {name: parameter.grad for name, parameter in trainable.items() if parameter.grad is not None}
     for parameter in trainable.values():

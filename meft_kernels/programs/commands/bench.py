@@ -53,6 +53,7 @@ def bench(
         quiet()
         from ...comparison.cases import CASES, Case
         from ...comparison.compare import Comparison
+        from ...comparison.recipes import too_short
         from ...comparison.records import read_all
         from ...comparison.rivals import RIVALS, rivals_named
         from ...comparison.runs import Setup
@@ -87,9 +88,13 @@ def bench(
         Comparison(setups, chosen, range(seed, seed + (1 if quick else seeds)), rounds, out, again).run(console)
         rows = rows_by_case(read_all(out))
         for name, lines in rows.items():
-            console.print(table(name, lines))
+            console.print(table(name, lines), crop=False)
         text = "\n\n".join(f"## {name}\n\n{markdown(lines)}" for name, lines in rows.items())
         (out / "table.md").write_text(text + "\n", encoding="utf-8")
+        short = [(setup, too_short(setup.recipe, causal=setup.task.causal)) for setup in setups]
+        for setup, said in short:
+            if said is not None and not setup.case.language:  # a loss says something after few steps
+                console.print(f"{setup.case}: {said}", style="yellow", highlight=False, markup=False, soft_wrap=True)
         written = [f"{against}.png" for against in ("memory", "time") if plot(rows, out, against=against)]
         console.print(f"written to {out}: one JSON a run, table.md, {', '.join(written)}", highlight=False)
     runs = [run for lines in rows.values() for row in lines if not row.rival.endswith("paper") for run in row.runs]

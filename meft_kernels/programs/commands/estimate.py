@@ -62,7 +62,7 @@ def estimate(
         from ...comparison.rivals import UnavailableRivalError, rivals_named
         from ...estimate.estimator import DEFAULT_RIVALS, Estimator, why_not_estimated
         from ...estimate.published import published
-        from ...estimate.report import Estimate, figures, table
+        from ...estimate.report import Estimate, figures, table, way_out
         from ...estimate.shapes import find_config
         from ...estimate.sizes import memory_size
 
@@ -78,11 +78,14 @@ def estimate(
             config, to_dtype(dtype), batch, meft, loss=loss, weights=cast(Any, weights), any_length=any_length
         )
         estimates = []
-        for rival in chosen:
+        for number, rival in enumerate(chosen, 1):
             if reason := why_not_estimated(rival):
                 estimates.append(Estimate(rival, unavailable=reason))
                 continue
-            with console.status(rival.title):
+            doing = f"estimating {number} of {len(chosen)}: {rival.title}"
+            if not errors.is_terminal:  # each takes up to a minute for a large model
+                errors.print(doing, markup=False, highlight=False, soft_wrap=True)
+            with errors.status(doing):
                 try:
                     step = estimator.step(rival, seq)
                     longest = None if capacity is None else estimator.longest(rival, capacity, seq)
@@ -96,6 +99,8 @@ def estimate(
         # Wider than some terminals: columns that leave the screen are worse than lines that break.
         console.print(table(estimates, config=config, capacity=capacity), crop=False)
         console.print(_CAPTION.format(loss=_WITH_LOSS if loss else _WITHOUT_LOSS), style="italic", highlight=False)
+        if capacity is not None and (said := way_out(estimates, capacity, rows=batch, quantised=weights is not None)):
+            console.print(said, style="yellow", markup=False, highlight=False, soft_wrap=True)
         for each in estimates:
             if each.unavailable:
                 errors.print(f"{each.rival.title}: {each.unavailable}", markup=False, highlight=False)

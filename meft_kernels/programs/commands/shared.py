@@ -8,17 +8,21 @@ import dataclasses
 import importlib.util
 import os
 import warnings
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Annotated, Any
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 from rich.console import Console
+from rich.progress import track
 
 from ...config import MeftConfig, no_setting
 from ...errors import MeftError
 
 if TYPE_CHECKING:
     import torch
+
+T = TypeVar("T")
 
 console = Console()
 errors = Console(stderr=True)
@@ -28,6 +32,8 @@ Data = Annotated[str, typer.Option(help="rotten_tomatoes, imdb, or a .csv file w
 Variant = Annotated[str, typer.Option(help="meft1, meft2 or meft3.")]
 Rank = Annotated[int | None, typer.Option(help="Bottleneck width of the adapters.")]
 DType = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
+Trained = Annotated[Path, typer.Argument(help="The --out of train, or a folder with an adapter or a whole model.")]
+BaseModel = Annotated[str | None, typer.Option(help="Where the base model is, if not where the adapter says.")]
 EstimatedModel = Annotated[
     str, typer.Option(help="A hub id, a folder with a config.json, minilm, smollm2, or a built-in shape.")
 ]
@@ -104,6 +110,13 @@ def settings_of(texts: list[str] | None) -> dict[str, Any]:
         except (ValueError, SyntaxError):
             found[name] = value
     return found
+
+
+def batches(items: Sequence[T], size: int, shown_on: Console) -> Iterator[Sequence[T]]:
+    """So many at a time, with a bar on a terminal that goes away at the end."""
+    starts = range(0, len(items), size)
+    bar = track(starts, "texts", console=shown_on, transient=True, disable=not shown_on.is_terminal)
+    return (items[start : start + size] for start in bar)
 
 
 def given(**options: Any) -> dict[str, Any]:

@@ -71,10 +71,11 @@ def train(
         in_section = given_data if isinstance(given_data, dict) else {"source": given_data}
         check_file({**in_section, **given(source=data, text=text, label=label)}, task or read.get("task"))
 
-        from ..training.run import HISTORY, METRICS, SETTINGS
+        from ..training.run import HISTORY, METRICS
         from ..training.run import train as run
         from ..training.settings import check_given
         from ..training.settings import merge as over
+        from ..using.folder import SETTINGS
 
         if held_out is not None and held_out >= 1:
             if held_out != int(held_out):
@@ -109,10 +110,17 @@ def train(
             soft_wrap=True,
         )
         raise typer.Exit(INTERRUPTED)
+    from ..training.classes import class_table
     from ..training.progress import describe_metrics
 
+    if outcome.by_class:
+        console.print(class_table(outcome.by_class))
     console.print(f"held out: {describe_metrics(outcome.metrics)}", highlight=False)
     console.print(f"written to {out}: {', '.join((*outcome.leaves, METRICS, SETTINGS, HISTORY))}", highlight=False)
+    said = 'predict {} "a text"' if outcome.by_class else 'generate {} "a prompt"'
+    console.print(f"try it: meft-kernels {said.format(out)}", highlight=False, markup=False, soft_wrap=True)
+    tokenizer = f'transformers.AutoTokenizer.from_pretrained("{out / outcome.leaves[0]}")'
+    console.print(f"its tokenizer: {tokenizer}", highlight=False, markup=False, soft_wrap=True)
     for use in outcome.uses:
         console.print(f"use it: {use}", highlight=False, markup=False, soft_wrap=True)
 

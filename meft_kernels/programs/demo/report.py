@@ -75,7 +75,7 @@ def table(demo: Demo, outcomes: list[Outcome]) -> Table:
     grouped = by_method(outcomes)
     for method in grouped:
         name = f"{RIVALS[method].title} ({demo.config.variant})" if method == "meft" else RIVALS[method].title
-        made.add_column(name, justify="right")
+        made.add_column(name, justify="right", min_width=max(map(len, name.split())))
     for label, cell in _ROWS:
         made.add_row(label, *(cell(runs) for runs in grouped.values()))
     return made

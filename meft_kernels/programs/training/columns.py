@@ -5,20 +5,47 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 Task = Literal["classification", "causal-lm"]
 TASKS: tuple[Task, ...] = ("classification", "causal-lm")
 
-COLUMNS = {name: name for name in ("text", "label", "prompt", "completion", "messages")}
+COLUMNS = {
+    name: name
+    for name in (
+        *("text", "label", "prompt", "completion", "messages"),
+        *("conversations", "instruction", "input", "output"),
+    )
+}
 """What is looked for in a row, and the column that has it if nothing else is said."""
 
 
-def choose(
-    name: str, present: Sequence[str], columns: Mapping[str, str], requested: Task | None
-) -> tuple[Task, tuple[str, ...]]:
-    """The task that the columns are for, or the columns for the task that was asked for.
+@dataclass(frozen=True)
+class Layout:
+    """What rows hold, by the names of :data:`COLUMNS`."""
+
+    task: Task
+    needed: tuple[str, ...]
+    optional: tuple[str, ...] = ()
+    """Taken where they are; a row may leave them empty."""
+
+
+LAYOUTS = (
+    Layout("causal-lm", ("messages",)),
+    Layout("causal-lm", ("conversations",)),
+    Layout("causal-lm", ("prompt", "completion")),
+    # Before text: files of this kind bring the whole made prompt as their text, too.
+    Layout("causal-lm", ("instruction", "output"), ("input",)),
+    Layout("classification", ("text", "label")),
+    Layout("causal-lm", ("text",)),
+)
+"""The first that the columns have is taken."""
+
+
+def choose(name: str, present: Sequence[str], columns: Mapping[str, str], requested: Task | None) -> Layout:
+    """The layout that the columns have, or the one for the task that was asked for.
 
     Args:
         name: of the data, for messages.
@@ -29,21 +56,16 @@ def choose(
     Raises:
         ValueError: the columns are for no task.
     """
-    layouts: list[tuple[Task, tuple[str, ...]]] = [
-        ("causal-lm", (columns["messages"],)),
-        ("causal-lm", (columns["prompt"], columns["completion"])),
-        ("classification", (columns["text"], columns["label"])),
-        ("causal-lm", (columns["text"],)),
-    ]
     if requested is None:
         # Of what is left another task might be made: a language model, where the name of the label was mistyped.
         for what, column in columns.items():
             if column != COLUMNS[what] and column not in present:
                 raise ValueError(f"data.{what}: {name} has no column {column!r}; it has {', '.join(present)}")
-    for task, wanted in layouts:
-        if requested in (None, task) and set(wanted) <= set(present):
-            return task, wanted
-    said = " or ".join(" and ".join(wanted) for task, wanted in layouts if requested in (None, task))
+    wanted = [layout for layout in LAYOUTS if requested in (None, layout.task)]
+    for layout in wanted:
+        if {columns[what] for what in layout.needed} <= set(present):
+            return layout
+    said = " or ".join(" and ".join(columns[what] for what in layout.needed) for layout in wanted)
     raise ValueError(
         f"{name} has the columns {', '.join(present)}; wanted {'' if requested is None else f'for {requested} '}is "
         f"{said}. Other names: --text and --label, or in the YAML file of --config "
@@ -67,21 +89,41 @@ def check_file(data: Mapping[str, Any], requested: Any) -> None:
     if not all(isinstance(column, str) for column in columns.values()):
         return
     try:
-        present = _columns_of(Path(name))
+        present = columns_of(Path(name))
     except (OSError, ValueError, csv.Error):
         return
     if present:
         choose(name, present, columns, requested)
 
 
-def _columns_of(path: Path) -> list[str]:
+def columns_of(path: Path) -> list[str]:
+    """The columns of a .csv or .jsonl file; none of anything else.
+
+    Raises:
+        OSError, ValueError, csv.Error: it cannot be read.
+    """
     if path.suffix not in (".csv", ".jsonl") or not path.is_file():
         return []
     with path.open(encoding="utf-8-sig", newline="") as lines:
         if path.suffix == ".csv":
-            return next(csv.reader(lines), [])
+            return next(csv.reader(lines, delimiter=delimiter_of(path)), [])
         present: dict[str, None] = {}  # rows may differ, and a column that a late one has is a column
         for line in lines:
             row = json.loads(line) if line.strip() else {}
             present |= dict.fromkeys(row) if isinstance(row, dict) else {}
         return list(present)
+
+
+def delimiter_of(path: Path) -> str:
+    """What stands between the columns of a CSV file: a comma, or where its head has none a semicolon or a tab.
+
+    Programs write semicolons where the comma is the decimal point. Only the head is asked: in it are names, in the rows
+    are texts with any of the three.
+
+    Raises:
+        OSError, ValueError, csv.Error: it cannot be read.
+    """
+    with path.open(encoding="utf-8-sig", newline="") as lines:
+        head = lines.readline()
+    widths = {mark: len(next(csv.reader([head], delimiter=mark), [])) for mark in (",", ";", "\t")}
+    return max(widths, key=lambda mark: widths[mark]) if widths[","] < 2 else ","

@@ -4,35 +4,46 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from ...packages import TRAIN_EXTRA, require
-from .columns import COLUMNS, Task, choose
+from .columns import COLUMNS, Layout, Task, choose
+from .conversations import KEYS, conversation
 from .settings import DataSettings
 from .sources import open_rows
 from .tokens import Encoder
 
 _MOST_HELD_OUT = 1000
 Row = tuple[Any, ...]
-"""(text, label), (text,), (prompt, completion) or (messages,)."""
+"""(text, label), (text,), (prompt, completion), (instruction, input or "", output) or (messages,)."""
+_Numbered = tuple[int, Row]
 
 
 @dataclass(frozen=True)
 class Rows:
     """Rows as they came, each once: those to train on and those held out."""
 
-    task: Task
-    columns: tuple[str, ...]
+    layout: Layout
     classes: tuple[str, ...]
     """Names of the classes, in the order of the labels; empty for a language model."""
     train: list[Row]
     held_out: list[Row]
-    dropped: int
-    """Rows left out: incomplete, or a repetition of another."""
+    numbers: tuple[list[int], list[int]]
+    """Which rows of the source those are, counted from 1: an error names its row by it."""
+    incomplete: int
+    """Rows left out, because something in them is empty."""
+    repeated: int
+    """Rows left out, because another has the same text."""
+
+    @property
+    def task(self) -> Task:
+        """What is trained on them."""
+        return self.layout.task
 
     def fingerprint(self) -> str:
         """A digest of every row and its place."""
@@ -51,14 +62,16 @@ def load_rows(settings: DataSettings, requested: Task | None) -> Rows:
     """
     name = str(settings.source)
     rows, held_out = open_rows(name, split=settings.split, held_out_split=settings.held_out_split)
-    task, columns = choose(name, rows.column_names, {each: getattr(settings, each) for each in COLUMNS}, requested)
+    names = {each: getattr(settings, each) for each in COLUMNS}
+    layout = choose(name, rows.column_names, names, requested)
     for part in (rows, held_out) if held_out is not None else (rows,):
-        _check_columns(name, part, columns, settings)
-    found, dropped = _complete(rows, columns, task)
+        _check_columns(name, part, layout, names)
+    wanted_columns = " and ".join(names[each] for each in layout.needed)
+    found, left_out = _complete(name, rows, layout, names)
     if not found:
-        raise ValueError(f"{name} has no rows with {' and '.join(columns)}")
+        raise ValueError(f"{name} has no rows with {wanted_columns}")
     if held_out is not None:
-        kept, more = _complete(held_out, columns, task)
+        kept, more = _complete(name, held_out, layout, names)
         train = _drawn(found, settings.split_seed)
         if isinstance(settings.held_out, float):
             raise ValueError(
@@ -66,7 +79,7 @@ def load_rows(settings: DataSettings, requested: Task | None) -> Rows:
             )
         if settings.held_out is not None:  # drawn, because parts are often sorted by class
             kept = _drawn(kept, settings.split_seed)[: settings.held_out]
-        dropped += more
+        left_out += more
     else:
         wanted = _share(settings.held_out, len(found))
         if len(found) <= wanted:
@@ -79,27 +92,40 @@ def load_rows(settings: DataSettings, requested: Task | None) -> Rows:
         raise ValueError(f"{name} has {len(train)} rows to train on, fewer than the {settings.train_texts} asked for")
     train = train[: settings.train_texts]
     if not kept:
-        raise ValueError(f"{name}: the part that is held out has no rows with {' and '.join(columns)}")
-    if task != "classification":
-        return Rows(task, columns, (), train, kept, dropped)
-    classes, index = _classes(name, rows.features[settings.label], [row[1] for row in found], settings.label)
-    if unknown := {row[1] for row in kept} - index.keys():
-        raise ValueError(f"{name}: the held-out part has classes that the training part lacks: {_few(unknown)}")
-    train, kept = ([(text, index[label]) for text, label in part] for part in (train, kept))
-    return Rows(task, columns, classes, train, kept, dropped)
+        raise ValueError(f"{name}: the part that is held out has no rows with {wanted_columns}")
+    parts = [[row for _, row in part] for part in (train, kept)]
+    classes: tuple[str, ...] = ()
+    if layout.task == "classification":
+        labels = [row[1] for _, row in found]
+        classes, index = _classes(name, rows.features[settings.label], labels, settings.label)
+        if unknown := {row[1] for row in parts[1]} - index.keys():
+            raise ValueError(f"{name}: the held-out part has classes that the training part lacks: {_few(unknown)}")
+        parts = [[(text, index[label]) for text, label in part] for part in parts]
+    numbers = ([number for number, _ in train], [number for number, _ in kept])
+    return Rows(layout, classes, parts[0], parts[1], numbers, left_out["incomplete"], left_out["repeated"])
 
 
 def encode(rows: Rows, encoder: Encoder) -> tuple[Any, Any, int]:
     """Tokens of both parts, as ``datasets.Dataset``, and how many rows had none left to train on.
 
     Raises:
-        ValueError: no row is left.
+        ValueError: no row is left, or one cannot be written in the model's tokens; the message has its number.
     """
     datasets = require("datasets", TRAIN_EXTRA)
-    function: Callable[[Row], dict[str, Any] | None] = encoder.for_columns(rows.columns, rows.task)
+    function: Callable[[Row], dict[str, Any] | None] = encoder.for_layout(rows.layout)
     made, lost = [], 0
-    for name, part in (("train", rows.train), ("held-out", rows.held_out)):
-        encoded = [found for row in part if (found := function(row)) is not None]
+    for name, part, numbers in (
+        ("train", rows.train, rows.numbers[0]),
+        ("held-out", rows.held_out, rows.numbers[1]),
+    ):
+        encoded = []
+        for number, row in zip(numbers, part, strict=True):
+            try:
+                tokens = function(row)
+            except ValueError as error:
+                raise ValueError(f"row {number}: {error}") from None
+            if tokens is not None:
+                encoded.append(tokens)
         lost += len(part) - len(encoded)
         if not encoded:
             raise ValueError(f"no {name} text has tokens to learn from within max_length={encoder.max_length}")
@@ -107,37 +133,63 @@ def encode(rows: Rows, encoder: Encoder) -> tuple[Any, Any, int]:
     return made[0], made[1], lost
 
 
-def _check_columns(name: str, rows: Any, columns: tuple[str, ...], settings: DataSettings) -> None:
-    if missing := [column for column in columns if column not in rows.column_names]:
+def _check_columns(name: str, rows: Any, layout: Layout, names: Mapping[str, str]) -> None:
+    if missing := [names[what] for what in layout.needed if names[what] not in rows.column_names]:
         raise ValueError(f"{name}: the held-out part has no column {' and no column '.join(missing)}")
     if not len(rows):
         raise ValueError(f"{name} has no rows")
-    for column in columns:
-        kind = getattr(rows.features[column], "dtype", "")
-        if column in (settings.text, settings.prompt, settings.completion) and kind not in ("string", "large_string"):
-            raise ValueError(f"{name}: the column {column} holds {_kind(rows.features[column])}, not text")
-        if column == settings.messages and "role" not in str(rows.features[column]):
-            raise ValueError(f"{name}: the column {column} holds {_kind(rows.features[column])}, not lists of messages")
+    for what in layout.needed:
+        feature = rows.features[names[what]]
+        if what in ("messages", "conversations"):
+            if not any(f"'{who}'" in str(feature) for who, _ in KEYS):
+                raise ValueError(f"{name}: the column {names[what]} holds {_kind(feature)}, not lists of messages")
+        elif what != "label" and getattr(feature, "dtype", "") not in ("string", "large_string"):
+            raise ValueError(f"{name}: the column {names[what]} holds {_kind(feature)}, not text")
 
 
 def _kind(feature: Any) -> str:
     return str(getattr(feature, "dtype", None) or type(feature).__name__)
 
 
-def _complete(rows: Any, columns: tuple[str, ...], task: Task) -> tuple[list[Row], int]:
-    """The rows that have everything, each text once, and how many are left out.
+def _complete(name: str, rows: Any, layout: Layout, names: Mapping[str, str]) -> tuple[list[_Numbered], Counter[str]]:
+    """The rows that have everything, each text once, and how many are left out for which reason.
 
     A text that came twice could be both trained on and held out, with whichever label.
     """
-    kept: dict[str, Row] = {}
-    values = [rows[column][:] for column in columns]
-    for row in zip(*values, strict=True):
-        if all(value is not None and value != "" for value in row):
-            kept.setdefault(row[0] if task == "classification" else json.dumps(row, default=str), row)
-    return list(kept.values()), len(rows) - len(kept)
+    kept: dict[str, _Numbered] = {}
+    left_out: Counter[str] = Counter()
+    columns = [_values(rows, names[what], what in layout.optional) for what in _in_order(layout)]
+    for number, row in enumerate(zip(*columns, strict=True), 1):
+        if any(_is_empty(value) for value, what in zip(row, _in_order(layout), strict=True) if what in layout.needed):
+            left_out["incomplete"] += 1
+            continue
+        if layout.needed[0] in ("messages", "conversations"):
+            try:
+                row = (conversation(row[0]),)
+            except ValueError as error:
+                raise ValueError(f"{name}, row {number}: {error}") from None
+        key = row[0] if layout.task == "classification" else json.dumps(row, default=str)
+        left_out["repeated"] += key in kept
+        kept.setdefault(key, (number, row))
+    return list(kept.values()), left_out
 
 
-def _drawn(rows: list[Row], seed: int) -> list[Row]:
+def _in_order(layout: Layout) -> tuple[str, ...]:
+    """What a row holds, in the order of :data:`Row`: what is optional comes before the last."""
+    return (*layout.needed[:-1], *layout.optional, layout.needed[-1])
+
+
+def _values(rows: Any, column: str, optional: bool) -> list[Any]:
+    if not optional:
+        return list(rows[column][:])
+    return [value or "" for value in rows[column][:]] if column in rows.column_names else [""] * len(rows)
+
+
+def _is_empty(value: Any) -> bool:
+    return value is None or value == [] or (isinstance(value, str) and not value.strip())
+
+
+def _drawn(rows: list[_Numbered], seed: int) -> list[_Numbered]:
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
     return [rows[index] for index in order]
 

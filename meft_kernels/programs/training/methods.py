@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,6 +15,7 @@ from ...checkpoint.save import save_adapter
 from ...packages import TRAIN_EXTRA, require
 from ...patching.patch import patch, unpatch
 from ...pretrained import Pretrained
+from ..using.folder import CLASSES
 from .settings import Settings
 
 ADAPTER, MERGED = "adapter", "merged"
@@ -48,7 +50,7 @@ class Method(Protocol):
 
 def method_for(settings: Settings, pretrained: Pretrained) -> Method:
     """The one that the settings name."""
-    return Lora(settings, pretrained) if settings.method == "lora" else Meft(settings)
+    return Lora(settings, pretrained) if settings.method == "lora" else Meft(settings, pretrained)
 
 
 class Meft:
@@ -57,11 +59,15 @@ class Meft:
     checkpoint_files: tuple[str, ...] = (WEIGHTS_NAME, SAFE_WEIGHTS_NAME)
     leaves: tuple[str, ...] = (ADAPTER,)
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, pretrained: Pretrained) -> None:
         self._settings = settings
+        self._pretrained = pretrained
         self._auto_class = ""
+        self._new_head = False
 
     def prepare(self, model: Any) -> Any:
+        classes = getattr(model.config, "num_labels", 0)
+        self._new_head = self._settings.task == "classification" and self._pretrained.config.num_labels != classes
         self._auto_class = auto_class_for(type(model).__name__)
         return patch(model, self._settings.meft)
 
@@ -79,7 +85,8 @@ class Meft:
         pass
 
     def uses(self, out: Path) -> list[str]:
-        return [f'meft_kernels.{self._auto_class}.from_pretrained("{out / ADAPTER}")']
+        given = ", ignore_mismatched_sizes=True" if self._new_head else ""  # the base model may have a head, too
+        return [f'meft_kernels.{self._auto_class}.from_pretrained("{out / ADAPTER}"{given})']
 
 
 class Lora:
@@ -119,6 +126,10 @@ class Lora:
     def save(self, model: Any, tokenizer: Any, out: Path) -> None:
         tokenizer.save_pretrained(out / ADAPTER)
         model.save_pretrained(str(out / ADAPTER))
+        if self._kind != "CausalLM":  # PEFT's files do not say what the classes are called
+            names = [model.config.id2label[index] for index in range(self._classes)]
+            text = json.dumps(names, ensure_ascii=False) + "\n"
+            (out / ADAPTER / CLASSES).write_text(text, encoding="utf-8")
 
     def merge(self, model: Any, tokenizer: Any, out: Path) -> None:
         if self._settings.merge:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -14,9 +15,33 @@ def predicted_class(logits: Any, labels: torch.Tensor) -> torch.Tensor:
     return (logits[0] if isinstance(logits, tuple) else logits).argmax(-1)
 
 
-def accuracy(prediction: Any) -> dict[str, float]:
-    """Share of texts that are classified right."""
-    return {"accuracy": float(np.mean(prediction.predictions == prediction.label_ids))}
+class Accuracy:
+    """Share of texts that are classified right; it remembers the last evaluation's, class by class.
+
+    Not among what is logged: reporters want numbers, and names of classes may be anything.
+    """
+
+    def __init__(self, classes: Sequence[str]) -> None:
+        self._classes = classes
+        self.by_class: list[dict[str, Any]] = []
+        """A class each, in the order of the labels: ``class``, ``texts`` that have it, ``precision`` (of those taken
+        for it, how many are; None where none was) and ``recall`` (of those that are, how many were found)."""
+
+    def __call__(self, prediction: Any) -> dict[str, float]:
+        found, wanted = np.asarray(prediction.predictions), np.asarray(prediction.label_ids)
+        self.by_class = []
+        for index, name in enumerate(self._classes):
+            right = int(np.sum((found == index) & (wanted == index)))
+            taken, texts = int(np.sum(found == index)), int(np.sum(wanted == index))
+            self.by_class.append(
+                {
+                    "class": name,
+                    "texts": texts,
+                    "precision": right / taken if taken else None,
+                    "recall": right / texts if texts else None,
+                }
+            )
+        return {"accuracy": float(np.mean(found == wanted))}
 
 
 def token_losses(logits: Any, labels: torch.Tensor) -> torch.Tensor:

@@ -18,29 +18,31 @@ _LINES = 20
 """Without a terminal a run prints about so many lines of its loss."""
 
 
-def make_bar(console: Any = None) -> Progress:
-    """Steps, time left, loss."""
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        TextColumn("loss {task.fields[loss]:.3f}"),
-        console=console,
-    )
+def make_bar(console: Any = None, *, loss: bool = True) -> Progress:
+    """Steps, time left, loss where there is one."""
+    last = [TextColumn("loss {task.fields[loss]:.3f}")] if loss else []
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), *last)
+    return Progress(*columns, console=console)
 
 
 @contextmanager
-def progress(title: str, steps: int) -> Iterator[Callable[[float], None]]:
-    """A progress bar, and the function that moves it on; lines where there is no terminal, and the bar at the end."""
-    with make_bar() as bar:
+def progress(title: str, steps: int, *, loss: bool = True) -> Iterator[Callable[[float], None]]:
+    """A progress bar, and the function that moves it on; lines where there is no terminal, and the bar at the end.
+
+    Args:
+        title: of what is done.
+        steps: how many there will be.
+        loss: whether a step has one to show; else any number will do.
+    """
+    with make_bar(loss=loss) as bar:
         job = bar.add_task(title, total=steps, loss=float("nan"))
 
-        def on_step(loss: float) -> None:
-            bar.update(job, advance=1, loss=loss)
+        def on_step(value: float) -> None:
+            bar.update(job, advance=1, loss=value)
             done = int(bar.tasks[0].completed)
             if not bar.console.is_terminal and done < steps and done % max(1, steps // _LINES) == 0:
-                bar.console.print(f"{title}: step {done}/{steps}, loss {loss:.3f}", highlight=False, soft_wrap=True)
+                said = f", loss {value:.3f}" if loss else ""
+                bar.console.print(f"{title}: step {done}/{steps}{said}", highlight=False, soft_wrap=True)
 
         yield on_step
 

@@ -18,8 +18,10 @@ from ...packages import TRAIN_EXTRA, require
 from ...patching.state import count_parameters
 from ...pretrained import Pretrained, find_pretrained
 from ...reports.callback import MeftCallback
+from ..using.folder import RUN, SETTINGS
 from . import metrics
 from .checkpoints import STATE, find_checkpoints, trainer_state, what_is_missing
+from .classes import told_of_data
 from .data import Rows, encode, load_rows
 from .interruption import SaveAndStop
 from .methods import ADAPTER, MERGED, Method, method_for
@@ -28,7 +30,7 @@ from .settings import Settings, absolute, check_given, differences, merge, resol
 from .tokens import Encoder
 from .yaml_file import read_yaml, write_yaml
 
-SETTINGS, RUN, HISTORY, METRICS = "settings.yaml", "run.json", "log.jsonl", "metrics.json"
+HISTORY, METRICS = "log.jsonl", "metrics.json"
 
 
 class RunError(MeftError, ValueError):
@@ -46,6 +48,8 @@ class Outcome:
     """What loads the result again, in Python."""
     leaves: tuple[str, ...] = ()
     """Folders with it, in ``out``."""
+    by_class: tuple[dict[str, Any], ...] = ()
+    """Figures of each class on the held-out texts; none for a language model."""
 
 
 def train(given: Mapping[str, Any], out: Path, *, resume: bool, overwrite: bool, console: Any) -> Outcome:
@@ -86,10 +90,8 @@ def train(given: Mapping[str, Any], out: Path, *, resume: bool, overwrite: bool,
     arguments = _arguments(settings, out)
     encoder = Encoder(pretrained.tokenizer, settings.data.max_length)
     train_set, held_out, lost = encode(rows, encoder)
-    if rows.dropped + lost:
-        console.print(
-            f"left out: {rows.dropped} rows that are incomplete or come twice, {lost} without tokens", highlight=False
-        )
+    for line, style in told_of_data(rows, encoder, lost):
+        console.print(line, style=style, highlight=False, markup=False, soft_wrap=True)
     transformers.set_seed(arguments.seed)  # a new head and the adapters
     method = method_for(settings, pretrained)
     model = method.prepare(_load(pretrained, settings, rows))
@@ -115,7 +117,8 @@ def train(given: Mapping[str, Any], out: Path, *, resume: bool, overwrite: bool,
 
     stop, shown = SaveAndStop(), ShowProgress(console)
     callbacks = [MeftCallback(), WriteHistory(out / HISTORY), shown, stop]
-    trainer = _trainer(model, arguments, settings, pretrained, (train_set, held_out), callbacks)
+    measure = metrics.Accuracy(rows.classes)
+    trainer = _trainer(model, arguments, settings, pretrained, (train_set, held_out), callbacks, measure)
     _begin(out, settings, rows, overwrite=overwrite)
     try:
         if checkpoint is not None and _is_finished(checkpoint):
@@ -134,11 +137,17 @@ def train(given: Mapping[str, Any], out: Path, *, resume: bool, overwrite: bool,
     changed = method.finish(model)
     method.save(model, pretrained.tokenizer, out)
     found = _final_metrics(trainer, evaluated=not changed)
+    if rows.classes and not measure.by_class:  # the last evaluation was an earlier process's
+        trainer.predict(held_out)
     method.merge(model, pretrained.tokenizer, out)
     write_history(out / HISTORY, trainer.state.log_history)
     document = {"steps": trainer.state.global_step, "epochs": trainer.state.epoch, **found}
+    if rows.classes:
+        document["classes"] = measure.by_class
     (out / METRICS).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    return Outcome(False, trainer.state.global_step, found, tuple(method.uses(out)), method.leaves)
+    return Outcome(
+        False, trainer.state.global_step, found, tuple(method.uses(out)), method.leaves, tuple(measure.by_class)
+    )
 
 
 def _absolute(given: dict[str, Any]) -> dict[str, Any]:
@@ -264,6 +273,7 @@ def _trainer(
     pretrained: Pretrained,
     parts: tuple[Any, Any],
     callbacks: list[transformers.TrainerCallback],
+    measure: metrics.Accuracy,
 ) -> Any:
     classifies = settings.task == "classification"
     try:
@@ -275,7 +285,7 @@ def _trainer(
             processing_class=pretrained.tokenizer,
             data_collator=_collator(settings, pretrained.tokenizer),
             callbacks=callbacks,
-            compute_metrics=metrics.accuracy if classifies else metrics.perplexity,
+            compute_metrics=measure if classifies else metrics.perplexity,
             preprocess_logits_for_metrics=metrics.predicted_class if classifies else metrics.token_losses,
         )
     except (ImportError, RuntimeError) as error:  # a reporter or an optimizer that is not installed
@@ -311,7 +321,8 @@ def _begin(out: Path, settings: Settings, rows: Rows, *, overwrite: bool) -> Non
             (out / name).unlink(missing_ok=True)
     out.mkdir(parents=True, exist_ok=True)
     write_yaml(out / SETTINGS, settings.plain(), "All settings of this run; it can be given to --config.")
-    (out / RUN).write_text(json.dumps({"data": rows.fingerprint(), **_versions()}, indent=1) + "\n", encoding="utf-8")
+    noted = {"data": rows.fingerprint(), "layout": rows.layout.needed[0], **_versions()}
+    (out / RUN).write_text(json.dumps(noted, indent=1) + "\n", encoding="utf-8")
 
 
 def _final_metrics(trainer: Any, *, evaluated: bool) -> dict[str, float]:

@@ -38,6 +38,10 @@ class DataSettings:
     messages: str = option(
         COLUMNS["messages"], "name of the column with conversations; the assistant's turns are trained on"
     )
+    conversations: str = option(COLUMNS["conversations"], "the same in the form of ShareGPT: from and value")
+    instruction: str = option(COLUMNS["instruction"], "name of the column with what is to be done, as Alpaca has it")
+    input: str = option(COLUMNS["input"], "name of the column with what to do it with; it may be missing or empty")
+    output: str = option(COLUMNS["output"], "name of the column with the answer, which is trained on")
     split: str = option("train", "part of the source to train on, if it has parts")
     held_out_split: str | None = option(None, "part that is held out; None: validation, or else test, if there is one")
     held_out: int | float | None = option(

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 from ...packages import TRAIN_EXTRA, package_file, require
+from .columns import delimiter_of
 
 REVIEW_SETS = ("rotten_tomatoes", "imdb")
 FILES = {".csv": "csv", ".jsonl": "json"}
@@ -46,7 +48,12 @@ def open_rows(name: str, *, split: str = "train", held_out_split: str | None = N
             keep = [row for row, source in enumerate(rows["source"][:]) if source == name]
             found = rows.select(keep).select_columns(["text", "label"])
         elif path.suffix in FILES:
-            found = datasets.load_dataset(FILES[path.suffix], data_files=str(path), split="train")
+            found = datasets.load_dataset(
+                FILES[path.suffix],
+                data_files=str(path),
+                split="train",
+                **(_csv_options(path) if path.suffix == ".csv" else {}),
+            )
         else:
             found = datasets.load_from_disk(name) if path.is_dir() else datasets.load_dataset(name)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
@@ -54,8 +61,36 @@ def open_rows(name: str, *, split: str = "train", held_out_split: str | None = N
             raise ValueError(f"{name} has no rows") from None
         # What went wrong in reading a file is the cause of a DatasetGenerationError.
         reason = str(error.__cause__ or error).strip().splitlines() or [type(error).__name__]
-        raise ValueError(f"{name} cannot be read: {reason[0]}") from None
+        said = (_odd_line(path) if path.suffix == ".jsonl" else None) or reason[0]
+        raise ValueError(f"{name} cannot be read: {said}") from None
     return _parts(name, found, split, held_out_split)
+
+
+def _csv_options(path: Path) -> dict[str, Any]:
+    """Only an empty field is missing: pandas takes None, NA and null, too, which may be classes or texts."""
+    return {"delimiter": delimiter_of(path), "keep_default_na": False, "na_values": [""]}
+
+
+def _odd_line(path: Path) -> str | None:
+    """The first line that is no JSON object, or has something of another kind than the lines before; None for none."""
+    kinds: dict[str, tuple[int, type]] = {}
+    with path.open(encoding="utf-8-sig", errors="replace") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                return f"line {number} is no JSON: {error}"
+            if not isinstance(row, dict):
+                return f"line {number} is no JSON object: {line.strip():.80}"
+            for column, value in row.items():
+                if value is None:
+                    continue
+                first, kind = kinds.setdefault(column, (number, type(value)))
+                if type(value) is not kind and not {type(value), kind} <= {int, float}:
+                    return f"{column} is {type(value).__name__} in line {number} and {kind.__name__} in line {first}"
+    return None
 
 
 def _parts(name: str, found: Any, split: str, held_out_split: str | None) -> tuple[Any, Any | None]:
