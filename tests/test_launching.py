@@ -92,7 +92,11 @@ def _calls(shape: tuple[int, ...], dtype: torch.dtype, rank: int) -> None:
         *(torch.zeros(size, dtype=dtype) for size in ((rank, width), (rank,), (width, rank), (width,)))
     )
     for x, stream_dtype, centered, value, dropout in itertools.product(
-        _layouts(shape, dtype), (torch.int32, torch.float32), (False, True), (None, dtype), (0.0, 0.1)
+        _layouts(shape, dtype),
+        {torch.int32, torch.float32, dtype},
+        (False, True),
+        {None, torch.float32, dtype},
+        (0.0, 0.1),
     ):
         exact = stream_dtype == torch.int32
         bits = 16 if exact else None
