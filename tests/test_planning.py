@@ -311,3 +311,8 @@ def test_command_line(tmp_path: Any) -> None:
     for wrong in (("--gpu", "lots"), ("--set", "atention=pieces"), ("--set", "tile"), ("--set", "tile=no")):
         done = run(*wrong)
         assert done.exit_code == 2 and "error: " in done.output, done.output
+
+
+def test_a_budget_below_the_reserve_says_so() -> None:
+    with pytest.raises(BudgetError, match=r"is no more than the reserve for .*nothing is left for tensors"):
+        meft_kernels.plan(tiny_config("llama", architectures=["LlamaForCausalLM"]), memory="400MiB", batch=(2, 8))

@@ -221,7 +221,15 @@ class Search:
             reach = f"not even {self.rows} x 1 token does, the weights being {gib(last.step.weights)}"
         else:
             reach = f"the longest that does is {self.rows} x {longest:,} tokens"
-        room = max(0, self.memory - self.reserve)
+        room = self.memory - self.reserve
+        if room <= 0:
+            return BudgetError(
+                f"{gib(self.memory)} is no more than the reserve for CUDA's context and the allocator, "
+                f"{gib(self.reserve)}: nothing is left for tensors, of which a step of {self.rows} x {self.tokens:,} "
+                f"tokens takes {gib(last.step.total)} at the least",
+                0,
+                tuple(self.tried),
+            )
         rows = Plan(self.meft, {}, tuple(self.tried), self.memory, self.reserve, self.rows, self.tokens)
         return BudgetError(
             f"a step of {self.rows} x {self.tokens:,} tokens does not fit into {gib(self.memory)}: it takes "

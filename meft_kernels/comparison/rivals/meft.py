@@ -37,7 +37,7 @@ RIVALS = (
     _lean("meft_pieces", "attention in pieces", attention="pieces"),
     _lean("meft_host", "host remainders", remainders="host"),
     _lean("meft_pieces_host", "pieces + host", attention="pieces", remainders="host"),
-    Rival("meft_lora", "MEFT with LoRA inside", meft_lora, packages=("peft",), reversible=True),
+    Rival("meft_lora", "reversible LoRA", meft_lora, packages=("peft",), reversible=True),
     Rival(
         "meft_compiled",
         "MEFT, layers compiled",

@@ -43,7 +43,13 @@ def estimate(
     gpu: Annotated[str | None, typer.Option(help="Memory to fit into: 80GB, 24GiB.")] = None,
     dtype: DType = "bfloat16",
     rank: Rank = None,
-    rivals: Annotated[str | None, typer.Option(help="Which, separated by commas.")] = None,
+    rivals: Annotated[
+        str | None,
+        typer.Option(
+            help="Which, separated by commas: meft, meft_host, meft_pieces_host, meft_lora, lora_checkpointing, "
+            "lora_chunked_tiled_host, ...; a wrong name lists all of them. Default: fifteen, which takes minutes."
+        ),
+    ] = None,
     loss: Annotated[bool, typer.Option(help="With logits and loss, or without.")] = True,
     weights: Weights = None,
     adapter_dtype: Annotated[
@@ -64,7 +70,7 @@ def estimate(
         from ...estimate.published import published
         from ...estimate.report import Estimate, figures, table, way_out
         from ...estimate.shapes import find_config
-        from ...estimate.sizes import memory_size
+        from ...estimate.sizes import gib, memory_size
 
         capacity = None if gpu is None else memory_size(gpu)
         chosen = rivals_named(DEFAULT_RIVALS if rivals is None else rivals.split(","))
@@ -93,7 +99,7 @@ def estimate(
                     estimates.append(Estimate(rival, step, longest, host))
                 except UnavailableRivalError as error:
                     estimates.append(Estimate(rival, unavailable=str(error)))
-        size = "" if gpu is None else f", into {gpu}"
+        size = "" if capacity is None else f", into {gpu}: {gib(capacity)}"
         stored = "" if weights is None else f" with {weights} weights"
         console.print(f"{model}, {dtype}{stored}, {batch} x {seq:,} tokens{size}", markup=False, highlight=False)
         # Wider than some terminals: columns that leave the screen are worse than lines that break.
