@@ -346,7 +346,8 @@ class Passes:
                 f"the hidden states that {layer.name} got are not those that the layer before returned: a hook or the "
                 "model's own code changed them between two reversible layers, which the inverse cannot know. Hooks "
                 "there may read; one that writes (steering) belongs on a module inside of a layer, before the first "
-                "patched layer (frozen_layers moves it up) or behind the last"
+                "patched layer (frozen_layers moves it up) or behind the last. If it is the model's code, for batches "
+                "of this kind alone (images, say): patch(model, probe=batch) with one of them finds where"
             )
 
     def _keeps_activations(self, layer: PatchedLayer, place: int, kwargs: dict[str, Any]) -> bool:
