@@ -38,7 +38,7 @@ from .state import (
     require_state,
     unwrap,
 )
-from .surprises import warn_of_surroundings
+from .surprises import optimizers_of, warn_of_early, warn_of_float16
 from .targets import Trust, check_trainable, find_spec, modules_to_train, parts_named
 from .trainer_bindings import CheckpointingBinding, QuantisedBinding
 
@@ -94,6 +94,7 @@ def patch(
         model,
         config,
         (),
+        early=optimizers_of(model) if isinstance(model, nn.Module) else (),
         memory=memory,
         batch=batch,
         allow_coefficient=allow_coefficient,
@@ -108,6 +109,7 @@ def patch_as_saved(
     config: MeftConfig | None,
     saved: Sequence[FoundLayers],
     *,
+    early: Sequence[torch.optim.Optimizer] = (),
     memory: int | str | None = None,
     batch: tuple[int, int] | None = None,
     allow_coefficient: bool = False,
@@ -153,6 +155,7 @@ def patch_as_saved(
         state.plan = budget
         state.found = spec if isinstance(spec, FoundArchitecture) else None
         _report(base, state)
+        warn_of_early(early if config.adapters == "all" else (), base)
     return model
 
 
@@ -223,7 +226,7 @@ def _report(base: nn.Module, state: PatchState) -> None:
             "written in no family file, and it runs whole",
             ", ".join(dict.fromkeys(without)),
         )
-    warn_of_surroundings(base, adapters=config.adapters == "all")
+    warn_of_float16(base)
     if config.adapters == "all" and is_peft(base):
         logger.warning(
             "meft_kernels: what PEFT saves of this model, the checkpoints of a Trainer among it, holds PEFT's weights "

@@ -6,6 +6,7 @@ import gc
 import logging
 import statistics
 import sys
+from collections.abc import Iterable
 
 import torch
 from torch import nn
@@ -13,13 +14,8 @@ from torch import nn
 logger = logging.getLogger(__name__)
 
 
-def warn_of_surroundings(base: nn.Module, *, adapters: bool) -> None:
-    """Log what the owner of the model should know.
-
-    Args:
-        base: the patched model.
-        adapters: whether some were inserted: what trains without, trained before.
-    """
+def warn_of_float16(base: nn.Module) -> None:
+    """Log what trains in float16, if anything does."""
     half = [name for name, each in base.named_parameters() if each.requires_grad and each.dtype == torch.float16]
     if half:
         others = f" and {len(half) - 1} others" if len(half) > 1 else ""
@@ -29,25 +25,29 @@ def warn_of_surroundings(base: nn.Module, *, adapters: bool) -> None:
             half[0],
             others,
         )
-    if adapters and _has_early_optimizer(base):
+
+
+def optimizers_of(model: nn.Module) -> list[torch.optim.Optimizer]:
+    """Those that hold parameters of the model. Not to be asked within a rollback, which holds them as well."""
+    # Whoever goes through all objects takes a tenth of a second: not where nobody else holds the parameters.
+    counts = [sys.getrefcount(each) for each in model.parameters()]
+    if not counts or statistics.median(counts) <= min(sys.getrefcount(each) for each in nn.Linear(1, 1).parameters()):
+        return []
+    known = set(map(id, model.parameters()))
+    # isinstance would ask proxies what they stand for, and some import it then.
+    found = [each for each in gc.get_objects() if issubclass(type(each), torch.optim.Optimizer)]
+    return [each for each in found if known & _held_by(each)]
+
+
+def warn_of_early(optimizers: Iterable[torch.optim.Optimizer], base: nn.Module) -> None:
+    """Log that one of these was built before ``patch``, and holds nothing that trains since."""
+    trained = {id(each) for each in base.parameters() if each.requires_grad}
+    if any(not trained & _held_by(each) for each in optimizers):
         logger.warning(
             "meft_kernels: an optimizer that was built before patch holds parameters of this model and none of those "
             "that train now: it would change nothing. Build it after patch"
         )
 
 
-def _has_early_optimizer(base: nn.Module) -> bool:
-    """Whether some optimizer knows parameters of the model, but none that trains."""
-    # Whoever goes through all objects takes a tenth of a second: not where nobody else holds the parameters.
-    counts = [sys.getrefcount(each) for each in base.parameters()]
-    if statistics.median(counts) <= min(sys.getrefcount(each) for each in nn.Linear(1, 1).parameters()):
-        return False
-    frozen = {id(each) for each in base.parameters() if not each.requires_grad}
-    trained = {id(each) for each in base.parameters() if each.requires_grad}
-    for each in gc.get_objects():
-        # isinstance would ask proxies what they stand for, and some import it then.
-        if issubclass(type(each), torch.optim.Optimizer):
-            held = {id(parameter) for group in getattr(each, "param_groups", []) for parameter in group["params"]}
-            if held & frozen and not held & trained:
-                return True
-    return False
+def _held_by(optimizer: torch.optim.Optimizer) -> set[int]:
+    return {id(each) for group in getattr(optimizer, "param_groups", []) for each in group["params"]}
