@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from meft_kernels.programs.training import columns
 from meft_kernels.programs.training.classes import class_table, told_of_data
 from meft_kernels.programs.training.columns import check_file
 from meft_kernels.programs.training.data import encode, load_rows
@@ -211,3 +212,18 @@ def test_a_run_says_and_writes_it(home: Path, tmp_path: Path) -> None:  # noqa: 
     assert [each["class"] for each in figures["classes"]] == ["0", "1"]
     right = sum(each["recall"] * each["texts"] for each in figures["classes"])
     assert right / 8 == pytest.approx(figures["eval_accuracy"])
+
+
+def test_columns_are_looked_at_until_they_suffice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where a late row has one of them; where none has, to the end."""
+    read: list[str] = []
+    monkeypatch.setattr(columns.json, "loads", lambda line, parse=json.loads: read.append(line) or parse(line))
+    rows = [{"text": "a"}, {"text": "b", "label": 0}, *({"text": f"{number}"} for number in range(50))]
+    path = write_rows(tmp_path / "a.jsonl", rows)
+    columns.check_file({"source": str(path)}, None)
+    assert len(read) == 1
+    columns.check_file({"source": str(path)}, "classification")
+    assert len(read) == 1 + 2
+    with pytest.raises(ValueError, match="no column 'stars'; it has text, label"):
+        columns.check_file({"source": str(path), "label": "stars"}, None)
+    assert len(read) == 1 + 2 + 52

@@ -20,6 +20,7 @@ from ..architectures.found import FoundLayers
 from ..architectures.layer_lists import LayerList, Run
 from ..config import MeftConfig
 from ..errors import NonFiniteError, ReversibleUsageError, StreamOverflowError, UnsupportedModelError
+from ..notices import and_others
 from .arithmetic import Arithmetic
 from .layer import PatchedLayer
 from .norms import lean_norms
@@ -302,4 +303,4 @@ def _damaged(module: nn.Module) -> str | None:
     ]
     if not found:
         return None
-    return f"{found[0]} holds" if len(found) == 1 else f"{found[0]} and {len(found) - 1} others hold"
+    return f"{and_others(found)} {'holds' if len(found) == 1 else 'hold'}"

@@ -1,4 +1,4 @@
-"""What of a patched model would train to NaN, or not at all, without a word: looked for once, after patching."""
+"""What of a patched model would train to NaN, or not at all, without a word: looked for as it is patched."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
+from ..notices import and_others
+
 logger = logging.getLogger(__name__)
 
 
@@ -18,12 +20,10 @@ def warn_of_float16(base: nn.Module) -> None:
     """Log what trains in float16, if anything does."""
     half = [name for name, each in base.named_parameters() if each.requires_grad and each.dtype == torch.float16]
     if half:
-        others = f" and {len(half) - 1} others" if len(half) > 1 else ""
         logger.warning(
-            "meft_kernels: %s%s train in float16, in which AdamW's epsilon is 0 and its first step can give NaN: load "
+            "meft_kernels: %s train in float16, in which AdamW's epsilon is 0 and its first step can give NaN: load "
             "the model in bfloat16, or in float32 and train it under autocast",
-            half[0],
-            others,
+            and_others(half),
         )
 
 

@@ -17,6 +17,7 @@ from ..engine.replay import seeded
 from ..engine.surroundings import buffers_kept
 from ..errors import ReversibleUsageError
 from ..memory import LiveTensorMeter
+from ..notices import and_others
 from ..patching.state import PatchState, between_passes, fraction_bits_of, require_state, unwrap
 from ..patching.switching import disable_adapter
 
@@ -102,8 +103,7 @@ class VerifyReport:
             said = f"{self.kept_bytes / _MIB:,.1f} MiB, {self.autograd_bytes / _MIB:,.1f} under engine='autograd'"
             rows.insert(-1, ("kept by the model", f"{said}: {100 * saved:.0f} % saved on this batch"))
         if self.without_gradient:
-            others = len(self.without_gradient) - 1
-            rows.append(("without a gradient", self.without_gradient[0] + (f" and {others} others" if others else "")))
+            rows.append(("without a gradient", and_others(self.without_gradient)))
         if self.start_loss is not None and self.base_loss is not None:
             rows.append(("loss patched / pretrained", f"{self.start_loss:.4f} / {self.base_loss:.4f}"))
         width = max(len(label) for label, _ in rows)

@@ -67,7 +67,7 @@ def train(
         from ..training.yaml_file import read_yaml
 
         read = {} if config is None else read_yaml(config)
-        given_data = read.get("data") if isinstance(read, dict) else None
+        given_data = read.get("data")
         in_section = given_data if isinstance(given_data, dict) else {"source": given_data}
         check_file({**in_section, **given(source=data, text=text, label=label)}, task or read.get("task"))
 

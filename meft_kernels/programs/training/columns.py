@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -88,30 +88,50 @@ def check_file(data: Mapping[str, Any], requested: Any) -> None:
         return
     if not all(isinstance(column, str) for column in columns.values()):
         return
+    reason: ValueError | None = None
     try:
-        present = columns_of(Path(name))
+        for present in _columns(Path(name)):
+            reason = _why_not(name, present, columns, requested)
+            if reason is None:
+                return
     except (OSError, ValueError, csv.Error):
         return
-    if present:
+    if reason is not None:
+        raise reason
+
+
+def _why_not(
+    name: str, present: Sequence[str], columns: Mapping[str, str], requested: Task | None
+) -> ValueError | None:
+    try:
         choose(name, present, columns, requested)
+    except ValueError as error:
+        return error
+    return None
 
 
-def columns_of(path: Path) -> list[str]:
-    """The columns of a .csv or .jsonl file; none of anything else.
+def _columns(path: Path) -> Iterator[list[str]]:
+    """The columns of a .csv or .jsonl file, once more whenever a row has a new one; nothing of any other file.
+
+    Rows of JSON may differ, and a column that a late one has is a column. Whoever has found what is needed stops: a
+    file may be of many gigabytes, and is read as a whole afterwards.
 
     Raises:
         OSError, ValueError, csv.Error: it cannot be read.
     """
     if path.suffix not in (".csv", ".jsonl") or not path.is_file():
-        return []
+        return
     with path.open(encoding="utf-8-sig", newline="") as lines:
         if path.suffix == ".csv":
-            return next(csv.reader(lines, delimiter=delimiter_of(path)), [])
-        present: dict[str, None] = {}  # rows may differ, and a column that a late one has is a column
+            if head := next(csv.reader(lines, delimiter=delimiter_of(path)), []):
+                yield head
+            return
+        present: dict[str, None] = {}
         for line in lines:
             row = json.loads(line) if line.strip() else {}
-            present |= dict.fromkeys(row) if isinstance(row, dict) else {}
-        return list(present)
+            if isinstance(row, dict) and not row.keys() <= present.keys():
+                present |= dict.fromkeys(row)
+                yield list(present)
 
 
 def delimiter_of(path: Path) -> str:
